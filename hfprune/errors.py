@@ -1,0 +1,38 @@
+"""The errors of hfprune: each message says what was given, what is allowed and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class HfpruneError(Exception):
+    """Base of every error that hfprune raises on purpose."""
+
+
+class UnsupportedModelError(HfpruneError):
+    """The model's family has no row in the table, or the model is in a state that forbids surgery."""
+
+
+class BudgetError(HfpruneError, ValueError):
+    """A budget cannot be read, or no structure meets it."""
+
+
+class RecipeError(HfpruneError, ValueError):
+    """A recipe names an unknown key, holds a value of the wrong type, or asks the impossible."""
+
+
+class DataError(HfpruneError, ValueError):
+    """The examples given cannot serve: none at all, no labels, or a loss that is not a number."""
+
+
+class CheckpointError(HfpruneError):
+    """A pruned checkpoint is damaged, hostile, from a newer version, or did not come back equal."""
+
+
+def unknown(what: str, given: str, allowed: Iterable[str]) -> str:
+    """Sentence for an unknown name: what was given, the nearest name, and all that are allowed."""
+    names = sorted(allowed)
+    near = difflib.get_close_matches(given, names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"Unknown {what} {given!r}.{hint} Available: {', '.join(names)}."
