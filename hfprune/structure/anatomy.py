@@ -1,0 +1,354 @@
+"""What a model is made of: its groups of prunable units, as plain numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hfprune.errors import UnsupportedModelError
+from hfprune.structure.architectures import Attention, Ffn, Stack, row_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Kind = Literal["head", "neuron"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The units that share one outlet: the query heads of one attention, or the neurons of one FFN.
+
+    A KV group is `heads_per_kv` consecutive query heads with their common key and value head. All sizes are counts of
+    scalars; "weights" leave biases out, because only weights cost multiply-accumulates.
+
+    Attributes:
+        name: path of the attention module or of the FFN's outlet, relative to `model.base_model`; unique.
+        kind: "head" or "neuron".
+        stack, layer: which stack of the family's row, which layer in it.
+        part: index of the attention in its layer (0 self, 1 cross); 0 for an FFN.
+        units: how many units there are.
+        columns: input columns of the outlet per unit: the head size, or 1.
+        heads_per_kv: query heads per KV group; 1 where every head has its own key and value, and for neurons.
+        outlet: path of the outlet, relative to `model.base_model`.
+        unit_weights, unit_params: what one unit owns.
+        kv_weights, kv_params: what one KV group owns besides its query heads.
+        shared_params: owned by the group as a whole, gone when the last unit goes (norms inside an attention).
+        fixed_params: stays even when the group is emptied (the outlet's bias).
+        cross: keys and values come from another stack.
+    """
+
+    name: str
+    kind: Kind
+    stack: int
+    layer: int
+    part: int
+    units: int
+    columns: int
+    heads_per_kv: int
+    outlet: str
+    unit_weights: int
+    unit_params: int
+    kv_weights: int
+    kv_params: int
+    shared_params: int
+    fixed_params: int
+    cross: bool = False
+
+    @property
+    def kv_groups(self) -> int:
+        """KV groups of an attention; for neurons, the number of neurons."""
+        return self.units // self.heads_per_kv
+
+    def kv_of(self, units: Iterable[int]) -> tuple[int, ...]:
+        """The KV groups that the given query heads belong to, in order."""
+        return tuple(sorted({unit // self.heads_per_kv for unit in units}))
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A model's prunable groups in forward order, with what the rest of it holds.
+
+    Attributes:
+        model_type: the family.
+        groups: every prunable group.
+        other_layer_params: parameters of the layers that no group owns (the norms between sub-layers).
+        outside_params: parameters outside the layers (embeddings, heads), tied ones counted once.
+    """
+
+    model_type: str
+    groups: tuple[Group, ...]
+    other_layer_params: int
+    outside_params: int
+
+    @staticmethod
+    def of(model: PreTrainedModel) -> Anatomy:
+        """Read the anatomy of a transformers model.
+
+        Raises:
+            UnsupportedModelError: the family has no row, or the model is not a plain, loaded transformers model.
+        """
+        _check_plain(model)
+        row = row_of(model.config.model_type)
+        base = model.base_model
+        groups: list[Group] = []
+        layer_params = 0
+        for stack_index, stack in enumerate(row.stacks):
+            for layer_index, layer in enumerate(base.get_submodule(stack.layers)):
+                layer_params += sum(p.numel() for p in layer.parameters())
+                groups += [
+                    _group(layer, stack, stack_index, layer_index, part)
+                    for part in (*range(len(stack.attentions)), None)
+                ]
+        owned = sum(
+            group.units * group.unit_params
+            + group.kv_groups * group.kv_params
+            + group.shared_params
+            + group.fixed_params
+            for group in groups
+        )
+        total = sum(p.numel() for p in model.parameters())
+        return Anatomy(
+            row.model_type, tuple(groups), layer_params - owned, total - layer_params
+        )
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.groups)
+
+    def __getitem__(self, name: str) -> Group:
+        return self._by_name[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    @cached_property
+    def _by_name(self) -> dict[str, Group]:
+        return {group.name: group for group in self.groups}
+
+    @property
+    def everything(self) -> dict[str, tuple[int, ...]]:
+        """The selection that keeps every unit: {group name: unit indices}."""
+        return {group.name: tuple(range(group.units)) for group in self.groups}
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash that two models share exactly when a plan for one fits the other."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Anatomy:
+        """The inverse of `to_dict`."""
+        groups = tuple(Group(**group) for group in values["groups"])
+        return Anatomy(**{**values, "groups": groups})
+
+    def __str__(self) -> str:
+        from hfprune.structure.cost import anatomy_table
+
+        return anatomy_table(self)
+
+
+def stack_of(model: PreTrainedModel, group: Group) -> Stack:
+    """The row's stack that a group of this model belongs to."""
+    return row_of(model.config.model_type).stacks[group.stack]
+
+
+def _check_plain(model: PreTrainedModel) -> None:
+    from transformers import PreTrainedModel
+
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        wrapped = getattr(model, "module", None) or getattr(model, "base_model", None)
+        hint = (
+            f"it wraps a {type(wrapped).__name__}: give that one"
+            if isinstance(wrapped, PreTrainedModel)
+            else "load one with AutoModel...from_pretrained"
+        )
+        raise UnsupportedModelError(f"A {name} is not a transformers model; {hint}.")
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        raise UnsupportedModelError(
+            f"This {name} is quantized: its weights cannot be cut. Load it unquantized, prune, then quantize."
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(
+            f"This {name} has a PEFT adapter active: merge it (merge_and_unload) or disable it, then prune."
+        )
+    if any(p.is_meta for p in model.parameters()):
+        raise UnsupportedModelError(
+            f"This {name} has parameters on the meta device, without values: load its weights, then prune."
+        )
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The part of one module's tensors that the units of a group own.
+
+    Attributes:
+        module: a Linear, Conv1D, norm or Embedding.
+        dim: 0 where the units are outputs (rows of weight and bias), 1 where they are inputs (columns).
+        rows: (units, rows per unit) indices along `dim`; KV groups instead of units if `per_kv`.
+        per_kv: the rows belong to the KV groups.
+    """
+
+    module: nn.Module
+    dim: int
+    rows: torch.Tensor
+    per_kv: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Scalars of matrices, per unit: what costs MACs."""
+        weight = self.module.weight
+        if weight.dim() < 2 or not isinstance(self.module, nn.Linear | Conv1D):  # type: ignore[union-attr,operator]
+            return 0
+        return self._share(weight)  # type: ignore[arg-type]
+
+    @property
+    def params(self) -> int:
+        """All scalars, per unit."""
+        bias = getattr(self.module, "bias", None)
+        owned = self._share(self.module.weight)  # type: ignore[arg-type]
+        return owned + (self.rows.shape[1] if bias is not None and self.dim == 0 else 0)
+
+    def _share(self, weight: torch.Tensor) -> int:
+        others = [n for axis, n in enumerate(weight.shape) if axis != axis_of(self.module, self.dim)]
+        return math.prod(others) * self.rows.shape[1]
+
+
+def axis_of(module: nn.Module, dim: int) -> int:
+    """Axis of `module.weight` that holds outputs (dim 0) or inputs (dim 1)."""
+    if module.weight.dim() == 1:  # type: ignore[operator]
+        return 0
+    return 1 - dim if isinstance(module, Conv1D) else dim  # Conv1D stores (in, out)
+
+
+def inputs_of(outlet: nn.Module) -> int:
+    """Number of input columns of an outlet."""
+    return int(outlet.weight.shape[axis_of(outlet, 1)])  # type: ignore[union-attr,index]
+
+
+def slices(model: PreTrainedModel, group: Group) -> list[Slice]:
+    """Every tensor slice that the units of a group own, the outlet's columns first."""
+    stack = stack_of(model, group)
+    layer = layer_of(model, group)
+    if group.kind == "neuron":
+        return _neuron_slices(layer, stack.ffn)
+    return _head_slices(layer, stack.attentions[group.part])
+
+
+def layer_of(model: PreTrainedModel, group: Group) -> nn.Module:
+    """The layer that a group lies in."""
+    return model.base_model.get_submodule(f"{stack_of(model, group).layers}.{group.layer}")
+
+
+def _head_slices(layer: nn.Module, row: Attention) -> list[Slice]:
+    outlet = layer.get_submodule(row.o)
+    dim = int(getattr(layer.get_submodule(row.at), row.dim))
+    heads = inputs_of(outlet) // dim
+    found = [Slice(outlet, 1, _blocks(heads, dim))]
+    if not heads:
+        return found
+    q = layer.get_submodule(row.q)
+    outputs = q.weight.shape[axis_of(q, 0)] // dim  # type: ignore[union-attr,index]
+    if row.layout == "split":
+        k, v = layer.get_submodule(row.k), layer.get_submodule(row.v)
+        kv = k.weight.shape[axis_of(k, 0)] // dim  # type: ignore[union-attr,index]
+        found += [
+            Slice(q, 0, _blocks(heads, dim)),
+            Slice(k, 0, _blocks(kv, dim), per_kv=True),
+            Slice(v, 0, _blocks(kv, dim), per_kv=True),
+        ]
+    else:
+        kv = (outputs - heads) // 2
+        found += _fused_slices(q, row.layout, heads, kv, dim)
+    found += [Slice(layer.get_submodule(p), 0, _blocks(heads, dim)) for p in row.follow]
+    found += [Slice(layer.get_submodule(p), 0, _blocks(kv, dim), True) for p in row.follow_kv]
+    return found
+
+
+def _fused_slices(qkv: nn.Module, layout: str, heads: int, kv: int, dim: int) -> list[Slice]:
+    """Where query, key and value rows lie in one matrix."""
+    if layout == "concat":
+        q, k, v = (
+            _blocks(heads, dim),
+            _blocks(kv, dim, offset=heads * dim),
+            _blocks(kv, dim, offset=(heads + kv) * dim),
+        )
+    else:  # "per_head" is "per_group" with one query head per group
+        queries = heads // kv
+        block = (queries + 2) * dim
+        starts = torch.arange(kv)[:, None] * block
+        q = (starts[:, :, None] + _blocks(queries, dim)[None]).reshape(heads, dim)
+        k = starts + queries * dim + torch.arange(dim)
+        v = k + dim
+    return [Slice(qkv, 0, q), Slice(qkv, 0, k, per_kv=True), Slice(qkv, 0, v, per_kv=True)]
+
+
+def _neuron_slices(layer: nn.Module, row: Ffn) -> list[Slice]:
+    outlet = layer.get_submodule(row.down)
+    neurons = inputs_of(outlet)
+    rows = _blocks(neurons, 1)
+    if row.fused:
+        rows = torch.cat([rows, rows + neurons], dim=1)
+    return [Slice(outlet, 1, _blocks(neurons, 1))] + [
+        Slice(layer.get_submodule(path), 0, rows) for path in row.ups
+    ]
+
+
+def _blocks(count: int, size: int, offset: int = 0) -> torch.Tensor:
+    """(count, size) indices of consecutive blocks of rows."""
+    return torch.arange(offset, offset + count * size).reshape(count, size)
+
+
+def _group(layer: nn.Module, stack: Stack, stack_index: int, index: int, part: int | None) -> Group:
+    """The group of attention number `part`, or of the FFN if None."""
+    prefix = f"{stack.layers}.{index}"
+    if part is None:
+        found, at, outlet_path = _neuron_slices(layer, stack.ffn), stack.ffn.down, stack.ffn.down
+        columns, inside = 1, []
+    else:
+        row = stack.attentions[part]
+        found, at, outlet_path = _head_slices(layer, row), row.at, row.o
+        inside = [layer.get_submodule(at)]
+        columns = int(getattr(inside[0], row.dim))
+    outlet = found[0]
+    units = len(outlet.rows)
+    kv = next((len(s.rows) for s in found if s.per_kv), units)
+    unit_params = sum(s.params for s in found if not s.per_kv)
+    kv_params = sum(s.params for s in found if s.per_kv)
+    bias = getattr(outlet.module, "bias", None)
+    fixed = 0 if bias is None else bias.numel()
+    modules = [*inside, *(s.module for s in found)]
+    tensors = {id(p): p for module in modules for p in module.parameters()}
+    shared = sum(p.numel() for p in tensors.values()) - fixed - units * unit_params - kv * kv_params
+    return Group(
+        name=f"{prefix}.{at}",
+        kind="neuron" if part is None else "head",
+        stack=stack_index,
+        layer=index,
+        part=part or 0,
+        units=units,
+        columns=columns,
+        heads_per_kv=units // kv if units else 1,
+        outlet=f"{prefix}.{outlet_path}",
+        unit_weights=sum(s.weights for s in found if not s.per_kv),
+        unit_params=unit_params,
+        kv_weights=sum(s.weights for s in found if s.per_kv),
+        kv_params=kv_params,
+        shared_params=shared,
+        fixed_params=fixed,
+        cross=part is not None and stack.attentions[part].context == "cross",
+    )

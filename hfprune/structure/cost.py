@@ -1,0 +1,99 @@
+"""What a structure costs, analytically: parameters and multiply-accumulates (MACs) of the layers.
+
+A `Selection` is {group name: kept unit indices}. Budgets are shares of the layers' cost: embeddings and task heads are
+not for removing, so a share of them would promise what no plan can keep. They are shown beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from hfprune.structure.anatomy import Anatomy, Group
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+Selection = Mapping[str, Sequence[int]]
+
+
+def group_params(group: Group, units: int, kv_groups: int) -> int:
+    """Parameters of a group that keeps `units` units in `kv_groups` KV groups."""
+    shared = group.shared_params if units else 0
+    return (
+        units * group.unit_params + kv_groups * group.kv_params + shared + group.fixed_params
+    )
+
+
+def group_macs(group: Group, units: int, kv_groups: int, tokens: int) -> int:
+    """MACs of a group for one example of `tokens` tokens: its matrices, and for heads scores and mixing of values.
+
+    Attention is counted as dense (tokens x tokens), as torch's FlopCounterMode counts it, whatever the mask.
+    """
+    if not units:
+        return 0
+    macs = tokens * (units * group.unit_weights + kv_groups * group.kv_weights)
+    if group.kind == "head":
+        macs += 2 * tokens * tokens * units * group.columns
+    return macs
+
+
+def layers_params(anatomy: Anatomy, selection: Selection | None = None) -> int:
+    """Parameters of the layers that a selection (everything, if None) leaves."""
+    keep = anatomy.everything if selection is None else selection
+    return anatomy.other_layer_params + sum(
+        group_params(g, len(keep[g.name]), _kv_count(g, keep[g.name])) for g in anatomy
+    )
+
+
+def layers_macs(anatomy: Anatomy, tokens: int, selection: Selection | None = None) -> int:
+    """MACs of the layers for one example of `tokens` tokens."""
+    keep = anatomy.everything if selection is None else selection
+    return sum(
+        group_macs(g, len(keep[g.name]), _kv_count(g, keep[g.name]), tokens) for g in anatomy
+    )
+
+
+def _kv_count(group: Group, units: Sequence[int]) -> int:
+    return len(group.kv_of(units)) if group.kind == "head" else 0
+
+
+def counted_macs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> int:
+    """MACs of one real forward pass of the whole model, counted by torch's FlopCounterMode (half its FLOPs)."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**batch)
+    return counter.get_total_flops() // 2
+
+
+def anatomy_table(anatomy: Anatomy, tokens: int = 128) -> str:
+    """A table of the groups: layer, kind, units, parameters, MACs for one example of `tokens` tokens."""
+    rows = [("layer", "kind", "units", "parameters", f"MACs at {tokens} tokens")]
+    for g in anatomy:
+        kinds = f"{g.kind}s" if g.heads_per_kv == 1 else f"{g.kind}s in {g.kv_groups} KV groups"
+        kv = g.kv_groups if g.kind == "head" else 0
+        rows.append(
+            (
+                g.name,
+                kinds,
+                f"{g.units:,}",
+                f"{group_params(g, g.units, kv):,}",
+                f"{group_macs(g, g.units, kv, tokens):,}",
+            )
+        )
+    rows.append(
+        ("layers", "", "", f"{layers_params(anatomy):,}", f"{layers_macs(anatomy, tokens):,}")
+    )
+    rows.append(("outside the layers", "", "", f"{anatomy.outside_params:,}", ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join(lines)

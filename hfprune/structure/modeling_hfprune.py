@@ -1,0 +1,272 @@
+"""Rebuilds structurally pruned transformers models from their config; needs torch and transformers, nothing else.
+
+This file is copied into every pruned checkpoint, so that `AutoModel...from_pretrained(folder, trust_remote_code=True)`
+works where hfprune is not installed. `config.hfprune` holds the difference to the stock model of the same config:
+
+    {"version": 1, "modules": {path in the base model: {"shapes": {parameter: shape}, "attrs": {name: int},
+     "empty": child that remains}}}
+
+All values are absolute and may only shrink what the stock model has; anything else is refused before it is built.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.pytorch_utils import Conv1D
+
+KEY = "hfprune"
+VERSION = 1
+logger = logging.getLogger(__name__)
+
+
+class StructureError(ValueError):
+    """The structure in config.json is not one that this version can build."""
+
+
+def no_heads(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """Forward of an attention without heads: the outlet's bias where the outlet is inside, else zero columns.
+
+    The cache is told how many tokens went by, because layer 0's length is the position of the next token.
+    """
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    nothing = hidden_states.new_zeros(*hidden_states.shape[:-1], 0)
+    cache = next((c for c in (*args, *kwargs.values()) if isinstance(c, Cache)), None)
+    if cache is not None:
+        batch, tokens = hidden_states.shape[:2]
+        placeholder = hidden_states.new_zeros(batch, 1, tokens, 1)
+        cache.update(placeholder, placeholder, module.layer_idx)
+    outlet = next(iter(module.children()), None)
+    return nothing if outlet is None else outlet(nothing), None
+
+
+def empty_attention(module: nn.Module, remains: str) -> None:
+    """Turn an attention into one without heads; of its children only the outlet `remains` (or none, if "")."""
+    for name in [name for name, _ in module.named_children() if name != remains]:
+        delattr(module, name)
+    for name in [name for name, _ in module.named_parameters(recurse=False)]:
+        delattr(module, name)
+    # functools.partial, unlike a bound method, survives deepcopy and pickle; the class stays the stock one.
+    module.forward = functools.partial(no_heads, module)  # type: ignore[method-assign]
+    vars(module)["_hfprune_empty"] = remains
+
+
+def resize(module: nn.Module) -> None:
+    """Make the size attributes of a module agree with its weight."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, Conv1D):  # stores (in, out)
+        module.nx, module.nf = module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+
+
+def replay(model: PreTrainedModel) -> None:
+    """Give a freshly built stock model the shapes and attributes of the pruned one.
+
+    Raises:
+        StructureError: a newer version, an unknown module, or a value that pruning cannot have produced.
+    """
+    base = model.base_model
+    modules = dict(base.named_modules())
+    top = {name for name, _ in base.named_children()}
+    for path, entry in checked(getattr(model.config, KEY, None)).items():
+        if path not in modules:
+            if path.split(".")[0] in top:
+                raise StructureError(f"config.{KEY} names {path!r}, which this model does not have.")
+            continue  # a model with one of the stacks only (T5EncoderModel) of a checkpoint that has both
+        module = modules[path]
+        for name, value in entry.get("attrs", {}).items():
+            stock = vars(module).get(name)
+            if type(stock) is not int or value > stock:
+                raise StructureError(f"config.{KEY}: {path}.{name} = {value}, stock has {stock}.")
+            setattr(module, name, value)
+        parameters = dict(module.named_parameters(recurse=False))
+        for name, shape in entry.get("shapes", {}).items():
+            stock_shape = tuple(parameters[name].shape) if name in parameters else None
+            if (
+                stock_shape is None
+                or len(shape) != len(stock_shape)
+                or any(new > old for new, old in zip(shape, stock_shape, strict=True))
+            ):
+                raise StructureError(
+                    f"config.{KEY}: {path}.{name} has shape {shape}, stock has {stock_shape}."
+                )
+            setattr(module, name, nn.Parameter(parameters[name].new_empty(shape)))
+        if "empty" in entry:
+            remains = entry["empty"]
+            if remains and remains not in dict(module.named_children()):
+                raise StructureError(f"config.{KEY}: {path} has no child {remains!r}.")
+            empty_attention(module, remains)
+        resize(module)
+        # The inner base model has run its own initialisation by now; these parameters are new.
+        module._is_hf_initialized = False  # type: ignore[assignment]
+
+
+def checked(structure: Any) -> dict[str, dict[str, Any]]:
+    """The modules of a structure, every value of the right type and in range.
+
+    Raises:
+        StructureError: what is wrong and where.
+    """
+    if structure is None:
+        return {}
+    version = structure.get("version") if isinstance(structure, Mapping) else None
+    if type(version) is not int or version < 1:
+        raise StructureError(f"config.{KEY} is not a structure: it has no version number.")
+    if version > VERSION:
+        raise StructureError(
+            f"config.{KEY} has format version {version}; this code reads up to {VERSION}. Upgrade hfprune."
+        )
+    modules = structure.get("modules")
+    if not isinstance(modules, Mapping):
+        raise StructureError(f"config.{KEY}.modules must be a mapping, not {type(modules).__name__}.")
+    for path, entry in modules.items():
+        if not isinstance(path, str) or not isinstance(entry, Mapping):
+            raise StructureError(f"config.{KEY}.modules: {path!r} must be a path with a mapping.")
+        for part, value in entry.items():
+            if part == "empty" and isinstance(value, str):
+                continue
+            if part == "attrs" and isinstance(value, Mapping) and all(map(_size, value.values())):
+                continue
+            if part == "shapes" and isinstance(value, Mapping) and all(map(_shape, value.values())):
+                continue
+            raise StructureError(f"config.{KEY}.modules[{path!r}] has an unusable entry {part!r}.")
+    return dict(modules)
+
+
+def _size(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _shape(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(_size, value))
+
+
+class Pruned:
+    """Mixin over a stock class: same behaviour and name, built with the structure in its config."""
+
+    _stock: type[PreTrainedModel]
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        # On disk for other readers; in memory it makes every read of the global value raise.
+        config.per_layer_config = None
+        super().__init__(config, *args, **kwargs)
+
+    def post_init(self) -> None:
+        """Rebuild the structure before the weights are initialised or loaded."""
+        replay(self)  # type: ignore[arg-type]
+        super().post_init()  # type: ignore[misc]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: custom code would get no conversion between names on disk and in memory."""
+        return False
+
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, verify: bool = True, **kwargs: Any
+    ) -> None:
+        """Save as the stock method does, with the structure and this file; then reload and compare.
+
+        Args:
+            save_directory: the folder to write.
+            *args: as in the stock method.
+            verify: reload the folder on the CPU and compare every tensor and the outputs on a probe batch.
+            **kwargs: as in the stock method.
+
+        Raises:
+            StructureError: what came back differs from what was saved.
+        """
+        config = self.config  # type: ignore[attr-defined]
+        auto = {
+            name: mapping[type(config)]
+            for name, mapping in _auto_mappings().items()
+            if type(config) in mapping
+        }
+        here = __name__.rsplit(".", 1)[-1]
+        config.auto_map = {
+            name: f"{here}.{cls.__name__}" for name, cls in auto.items() if isinstance(cls, type)
+        }
+        # With _auto_class set, the stock method copies this file, and push_to_hub=True uploads it.
+        type(self)._auto_class = next(  # type: ignore[attr-defined]
+            (name for name, cls in auto.items() if cls is self._stock), "AutoModel"
+        )
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        whole = kwargs.get("state_dict") is None and kwargs.get("is_main_process", True)
+        if verify and whole and kwargs.get("variant") is None:
+            compare(self, type(self).from_pretrained(save_directory))  # type: ignore[attr-defined,arg-type]
+            logger.info("Reloaded %s: all tensors and probe outputs are equal", save_directory)
+
+
+def compare(saved: PreTrainedModel, reloaded: PreTrainedModel) -> None:
+    """Check that a reloaded model is the saved one: every tensor bit for bit, and the outputs on a probe batch.
+
+    Raises:
+        StructureError: names the first tensor that differs, or the outputs.
+    """
+    mine, theirs = saved.state_dict(), reloaded.state_dict()
+    if mine.keys() != theirs.keys():
+        odd = sorted(mine.keys() ^ theirs.keys())
+        raise StructureError(f"The reloaded model has other tensors: {', '.join(odd[:5])}.")
+    for name, tensor in mine.items():
+        if not tensor.is_meta and not torch.equal(tensor.cpu(), theirs[name].to(tensor.dtype)):
+            raise StructureError(f"The reloaded model differs in {name}.")
+    inputs = probe(saved)
+    if inputs is None or saved.device.type != "cpu":
+        return  # outputs of two devices are not bitwise comparable; the tensors were
+    was_training = saved.training
+    try:
+        saved.eval()
+        with torch.no_grad():
+            expected, got = saved(**inputs), reloaded.eval()(**inputs)
+    finally:
+        saved.train(was_training)
+    if not torch.equal(expected[0], got[0]):
+        raise StructureError("The reloaded model has equal tensors but other outputs.")
+
+
+def probe(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
+    """A small batch of token ids that the model accepts, or None for a model that reads no token ids."""
+    config = model.config.get_text_config()
+    if model.main_input_name != "input_ids" or not hasattr(config, "vocab_size"):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    inputs = {"input_ids": torch.randint(config.vocab_size, (2, 8), generator=generator)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    return inputs
+
+
+@functools.cache
+def _auto_mappings() -> dict[str, Any]:
+    names = [name for name in dir(transformers) if name.startswith("AutoModel")]
+    return {
+        name: getattr(getattr(transformers, name), "_model_mapping", {}) for name in names
+    }
+
+
+@functools.cache
+def pruned(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of a pruned `cls`. It keeps the name, by which losses, pipelines and Trainer look classes up."""
+    if issubclass(cls, Pruned):
+        return cls
+    # A name that starts with "transformers." would pass for stock; the file to copy is found through __module__.
+    return type(cls.__name__, (Pruned, cls), {"_stock": cls, "__module__": __name__})
+
+
+def __getattr__(name: str) -> type[PreTrainedModel]:
+    """`modeling_hfprune.BertForMaskedLM`, as auto_map and pickle ask for it."""
+    cls = getattr(transformers, name, None) if not name.startswith("_") else None
+    if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+        return pruned(cls)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+

@@ -1,0 +1,115 @@
+"""The only code that reshapes tensors: it cuts a model down to a selection of its units."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from hfprune.errors import HfpruneError
+from hfprune.structure.anatomy import Anatomy, Group, Slice, axis_of, layer_of, slices, stack_of
+from hfprune.structure.architectures import Attention
+from hfprune.structure.checkpoint import adopt
+from hfprune.structure.cost import Selection
+from hfprune.structure.modeling_hfprune import empty_attention, resize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def cut(model: PreTrainedModel, selection: Selection) -> PreTrainedModel:
+    """Remove, in place, every unit that the selection does not keep, and return the model.
+
+    Each kept tensor slice is copied, so the removed memory is free afterwards. The model becomes an instance of the
+    generated subclass of its own class, and `config.hfprune` describes the structure.
+
+    Args:
+        model: a plain transformers model of a known family.
+        selection: {group name: kept unit indices}; groups left out keep everything.
+
+    Raises:
+        HfpruneError: the selection names unknown groups or units, or uneven heads in the KV groups of one layer.
+    """
+    anatomy = Anatomy.of(model)
+    check_selection(anatomy, selection)
+    for group in anatomy:
+        keep = sorted(selection.get(group.name, range(group.units)))
+        if len(keep) < group.units:
+            kv = group.kv_of(keep)
+            _cut_slices(slices(model, group), keep, kv)
+            layer, stack = layer_of(model, group), stack_of(model, group)
+            if group.kind == "head":
+                row = stack.attentions[group.part]
+                at = layer.get_submodule(row.at)
+                _count_heads(at, row, group, len(keep), len(kv))
+                if not keep:
+                    inside = row.o.startswith(f"{row.at}.")
+                    empty_attention(at, remains=row.o[len(row.at) + 1 :] if inside else "")
+            for path, attribute in (width.split(":") for width in stack.ffn.widths):
+                if group.kind == "neuron":
+                    setattr(layer.get_submodule(path), attribute, len(keep))
+    return adopt(model)
+
+
+def copy_and_cut(model: PreTrainedModel, selection: Selection) -> PreTrainedModel:
+    """A pruned copy; the given model stays as it is."""
+    return cut(copy.deepcopy(model), selection)
+
+
+def check_selection(anatomy: Anatomy, selection: Selection) -> None:
+    """Refuse a selection that the anatomy cannot take.
+
+    Raises:
+        HfpruneError: names the group and what is wrong.
+    """
+    for name, units in selection.items():
+        if name not in anatomy:
+            raise HfpruneError(f"The selection names {name!r}; this model has no such group of units.")
+        group = anatomy[name]
+        if len(set(units)) != len(units) or not all(0 <= unit < group.units for unit in units):
+            raise HfpruneError(
+                f"{name}: the kept units must be distinct and lie in 0...{group.units - 1}."
+            )
+        counts = {kv: 0 for kv in group.kv_of(units)}
+        for unit in units:
+            counts[unit // group.heads_per_kv] += 1
+        if len(set(counts.values())) > 1:
+            raise HfpruneError(
+                f"{name}: every kept KV group must keep the same number of query heads, not "
+                f"{sorted(counts.values())}: the attention kernels repeat each key the same number of times."
+            )
+
+
+def _take(module: nn.Module, dim: int, index: torch.Tensor) -> None:
+    """Keep the given output rows (dim 0) or input columns (dim 1) of a module, in place."""
+    with torch.no_grad():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if name == "bias" and dim == 1:
+                continue  # a bias has no inputs
+            axis = axis_of(module, dim) if name == "weight" else 0
+            kept = parameter.index_select(axis, index.to(parameter.device)).contiguous()
+            setattr(module, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+    resize(module)
+
+
+def _cut_slices(found: Sequence[Slice], units: Sequence[int], kv: Sequence[int]) -> None:
+    """Cut every module once: several slices may lie in one fused matrix."""
+    rows: dict[tuple[nn.Module, int], list[torch.Tensor]] = {}
+    for piece in found:
+        kept = piece.rows[list(kv if piece.per_kv else units)].flatten()
+        rows.setdefault((piece.module, piece.dim), []).append(kept)
+    for (module, dim), parts in rows.items():
+        _take(module, dim, torch.cat(parts).sort().values)
+
+
+def _count_heads(at: nn.Module, row: Attention, group: Group, heads: int, kv: int) -> None:
+    """Write the new numbers of heads where the forward reads them."""
+    counts = dict.fromkeys(row.heads, heads) | dict.fromkeys(row.kv_heads, kv)
+    counts |= dict.fromkeys(row.sizes, heads * group.columns)
+    if row.groups and kv:
+        counts[row.groups] = heads // kv
+    for name, value in counts.items():
+        setattr(at, name, value)
