@@ -1,0 +1,100 @@
+"""Criteria: pure functions from what was observed at a group's outlet to the importance of its units.
+
+A new criterion is one function and the line that registers it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hfprune.errors import HfpruneError, unknown
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one pass over the calibration data showed of one group of units.
+
+    Attributes:
+        absolute: (units,) sum over examples of |dL/dg|, the gate gradient of the example's own loss.
+        squared: (units,) sum over examples (over tokens, for token-level losses) of (dL/dg)^2.
+        inputs: (units, columns) sum over tokens of the squared input of each outlet column.
+        outlet: (units, columns) squared L2 norm of the outlet's weights of each column.
+        weights: (units,) squared L2 norm of all weights that a unit owns.
+        examples: number of examples.
+        seed: for criteria that draw.
+    """
+
+    absolute: torch.Tensor
+    squared: torch.Tensor
+    inputs: torch.Tensor
+    outlet: torch.Tensor
+    weights: torch.Tensor
+    examples: int
+    seed: int
+
+
+Criterion = Callable[[Evidence], torch.Tensor]
+
+CRITERIA: dict[str, Criterion] = {}
+
+
+def criterion(function: Criterion) -> Criterion:
+    """Register a criterion under its function's name.
+
+    Raises:
+        HfpruneError: the name is taken.
+    """
+    name = function.__name__
+    if name in CRITERIA:
+        raise HfpruneError(f"There is a criterion {name!r} already; criteria are not replaced.")
+    CRITERIA[name] = function
+    return function
+
+
+def criterion_named(name: str) -> Criterion:
+    """The registered criterion of that name.
+
+    Raises:
+        HfpruneError: unknown name; the message has the nearest.
+    """
+    if name not in CRITERIA:
+        raise HfpruneError(unknown("criterion", name, CRITERIA))
+    return CRITERIA[name]
+
+
+@criterion
+def taylor(evidence: Evidence) -> torch.Tensor:
+    """Mean absolute first-order change of the loss when the gate closes (Michel et al. 2019, arXiv:1905.10650)."""
+    return evidence.absolute / evidence.examples
+
+
+@criterion
+def fisher(evidence: Evidence) -> torch.Tensor:
+    """Half the mean squared gate gradient: the second-order change of the loss under the empirical Fisher.
+
+    Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", arXiv:2204.09656; per token where the
+    loss is per token, because the gradients of a sequence's tokens are nearly independent and their sum cancels.
+    """
+    return evidence.squared / (2 * evidence.examples)
+
+
+@criterion
+def magnitude(evidence: Evidence) -> torch.Tensor:
+    """L2 norm of the unit's weights (Han et al. 2015, arXiv:1506.02626)."""
+    return evidence.weights.sqrt()
+
+
+@criterion
+def activation(evidence: Evidence) -> torch.Tensor:
+    """Norm of the outlet's weights times the norm of their inputs (Sun et al. 2023, "Wanda", arXiv:2306.11695)."""
+    return (evidence.inputs * evidence.outlet).sum(dim=1).sqrt()
+
+
+@criterion
+def random(evidence: Evidence) -> torch.Tensor:
+    """Uniform noise: the floor that every other criterion must beat."""
+    generator = torch.Generator().manual_seed(evidence.seed)
+    return torch.rand(len(evidence.weights), generator=generator, dtype=torch.float64)

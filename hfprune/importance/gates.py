@@ -1,0 +1,108 @@
+"""Gates: one factor per unit at its outlet, as hooks that always clean up.
+
+A unit's outlet is the Linear that mixes it back into the residual stream. With a gate g = 1 on the unit's slice of the
+outlet's input a, dL/dg = sum(a * dL/da): no gate needs to exist for its gradient to be read, and no weight needs a
+gradient (Michel et al. 2019, "Are Sixteen Heads Really Better than One?", arXiv:1905.10650).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hfprune.structure.anatomy import Anatomy, Group
+from hfprune.structure.cost import Selection
+
+# Called with a group, its outlet's input (batch, tokens, units x columns) and the loss's gradient of the same shape.
+Receiver = Callable[[Group, torch.Tensor, torch.Tensor], None]
+
+
+def outlet_of(model: PreTrainedModel, group: Group) -> nn.Module:
+    """The module that mixes a group's units back into the residual stream."""
+    return model.base_model.get_submodule(group.outlet)
+
+
+@contextmanager
+def gated(model: PreTrainedModel, gates: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Multiply each unit by its gate while the context is open.
+
+    Args:
+        model: any model with a row in the table.
+        gates: {group name: (units,) factors}; a gate may require grad. Groups left out are not touched.
+    """
+    anatomy = Anatomy.of(model)
+    with ExitStack() as stack:
+        for name, factors in gates.items():
+            group = anatomy[name]
+
+            def scale(
+                module: nn.Module,
+                args: tuple[torch.Tensor, ...],
+                factors: torch.Tensor = factors,
+                columns: int = group.columns,
+            ) -> tuple[torch.Tensor, ...]:
+                wide = factors.repeat_interleave(columns).to(args[0])
+                return (args[0] * wide, *args[1:])
+
+            hook = outlet_of(model, group).register_forward_pre_hook(scale)
+            stack.callback(hook.remove)
+        yield
+
+
+@contextmanager
+def masked(model: PreTrainedModel, selection: Selection) -> Iterator[None]:
+    """Close the gates of every unit that a selection does not keep: the pruned model, without removing anything."""
+    gates = {}
+    for group in Anatomy.of(model):
+        if group.name in selection:
+            gate = torch.zeros(group.units)
+            gate[list(selection[group.name])] = 1
+            gates[group.name] = gate
+    with gated(model, gates):
+        yield
+
+
+@contextmanager
+def frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode and no gradient for any weight while the context is open; restored after."""
+    was_training = {module: module.training for module in model.modules()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        model.eval()
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for module, training in was_training.items():
+            module.training = training
+
+
+@contextmanager
+def gate_gradients(model: PreTrainedModel, anatomy: Anatomy, receive: Receiver) -> Iterator[None]:
+    """Report every outlet's input and its gradient during each backward pass while the context is open.
+
+    The model's weights should be frozen (see `frozen`): then the graph begins at the first outlet, and the backward
+    pass computes gradients of activations only.
+    """
+    with ExitStack() as stack:
+        for group in anatomy:
+
+            def watch(module: nn.Module, args: tuple[torch.Tensor, ...], group: Group = group) -> None:
+                activation = args[0]
+                if not torch.is_grad_enabled():
+                    return
+                if not activation.requires_grad:  # the first outlet: nothing before it has a gradient
+                    activation.requires_grad_(True)
+                # detach: a hook that held the tensor it hangs on would be a cycle, freed only by the collector.
+                values = activation.detach()
+                activation.register_hook(lambda gradient: receive(group, values, gradient))
+
+            hook = outlet_of(model, group).register_forward_pre_hook(watch)
+            stack.callback(hook.remove)
+        yield

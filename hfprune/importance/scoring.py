@@ -1,0 +1,267 @@
+"""Scoring: one pass of batches through the gated model, on any number of processes, gives every criterion."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from hfprune.errors import DataError, HfpruneError, unknown
+from hfprune.importance.criteria import CRITERIA, Evidence, criterion_named
+from hfprune.importance.gates import frozen, gate_gradients, outlet_of
+from hfprune.importance.losses import Batch, Loss, is_token_level, labels_loss
+from hfprune.structure.anatomy import Anatomy, Group, axis_of, slices
+
+_META = "scores.json"
+_TENSORS = "scores.safetensors"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The importance of every unit by every criterion, with what it was measured on.
+
+    Attributes:
+        importance: {criterion: {group name: (units,) float64 tensor}}.
+        fingerprint: of the anatomy that was scored.
+        examples: calibration examples.
+        tokens: mean tokens per example, without padding.
+        agreement: {criterion: Spearman rank correlation between the two halves of the calibration examples}, for the
+            criteria that read gradients; low means that more examples would change the plan.
+    """
+
+    importance: Mapping[str, Mapping[str, torch.Tensor]]
+    fingerprint: str
+    examples: int
+    tokens: float
+    agreement: Mapping[str, float]
+
+    def by(self, criterion: str) -> Mapping[str, torch.Tensor]:
+        """The importance by one criterion: {group name: (units,) float64}.
+
+        Raises:
+            HfpruneError: that criterion was not scored.
+        """
+        if criterion not in self.importance:
+            raise HfpruneError(unknown("criterion", criterion, self.importance))
+        return self.importance[criterion]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write scores.safetensors and scores.json into a folder, each under a temporary name first."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{criterion}/{group}": values.contiguous()
+            for criterion, groups in self.importance.items()
+            for group, values in groups.items()
+        }
+        save_file(tensors, path / f"{_TENSORS}.tmp")
+        meta = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[1:]}
+        (path / f"{_META}.tmp").write_text(json.dumps(meta, indent=2) + "\n")
+        for name in (_TENSORS, _META):
+            os.replace(path / f"{name}.tmp", path / name)
+
+    @staticmethod
+    def load(folder: str | os.PathLike[str]) -> Scores:
+        """The inverse of `save`."""
+        path = Path(folder)
+        importance: dict[str, dict[str, torch.Tensor]] = {}
+        for key, values in load_file(path / _TENSORS).items():
+            criterion, group = key.split("/", 1)
+            importance.setdefault(criterion, {})[group] = values
+        return Scores(importance, **json.loads((path / _META).read_text()))
+
+
+def score(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    criteria: Sequence[str] | None = None,
+    loss: Loss = labels_loss,
+    seed: int = 0,
+) -> Scores:
+    """Score every head and neuron of a model from one pass over labelled batches.
+
+    The weights are frozen while it runs and no weight gradient is allocated: the cost is a forward pass and a backward
+    pass over activations. With torch.distributed running, give every process the same batches: each takes its share,
+    and all return the scores of the whole.
+
+    Args:
+        model: a transformers model of a known family; left as it was.
+        batches: what the model is called with, {name: tensor}, with labels.
+        criteria: names from the registry; all of them by default.
+        loss: (model, batch) -> the loss summed over its examples or labelled tokens; by default the model's own.
+        seed: of the criterion `random`.
+
+    Raises:
+        HfpruneError: an unknown criterion.
+        DataError: no batches, no labels, a loss that is not finite (names the batch), or one that does not depend on
+            some group of units (names the group).
+    """
+    wanted = {name: criterion_named(name) for name in criteria or CRITERIA}
+    anatomy = Anatomy.of(model)
+    gathering = _Gathering(anatomy)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    total = len(batches) if hasattr(batches, "__len__") else None
+    with frozen(model), gate_gradients(model, anatomy, gathering.receive), torch.enable_grad():
+        for index, batch in enumerate(tqdm(batches, "scoring", total, delay=2, leave=False)):
+            if index % world == rank:
+                here = {name: tensor.to(model.device) for name, tensor in batch.items()}
+                gathering.start(here)
+                value = loss(model, here)
+                if not torch.isfinite(value):
+                    raise DataError(f"The loss of calibration batch {index} is {value.item()}.")
+                if not value.requires_grad:
+                    raise DataError("The loss does not depend on any head or neuron of the model.")
+                value.backward()
+    gathering.reduce(model.device)
+    if not gathering.examples:
+        raise DataError("There are no calibration batches; give at least one.")
+    evidence = [gathering.evidence(model, group, seed + i) for i, group in enumerate(anatomy)]
+    importance = {
+        name: {g.name: function(e).double().cpu() for g, (e, _) in zip(anatomy, evidence, strict=True)}
+        for name, function in wanted.items()
+    }
+    agreement = {}
+    for name in ("taylor", "fisher"):
+        if name in wanted and gathering.examples > 1:
+            halves = [torch.cat([wanted[name](pair[half]) for _, pair in evidence]) for half in (0, 1)]
+            agreement[name] = rank_correlation(*halves)
+    return Scores(
+        importance,
+        anatomy.fingerprint,
+        gathering.examples,
+        gathering.tokens / gathering.examples,
+        agreement,
+    )
+
+
+def rank_correlation(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Spearman's rank correlation of two equally long vectors."""
+    ranks = torch.stack([v.argsort().argsort().double() for v in (one, other)])
+    return float(torch.corrcoef(ranks)[0, 1]) if len(one) > 1 else 1.0
+
+
+class _Gathering:
+    """Running sums per group, examples alternating between two halves so that their agreement can be told."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.absolute: dict[str, torch.Tensor] = {}
+        self.squared: dict[str, torch.Tensor] = {}
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.examples = 0
+        self.tokens = 0
+        self._anatomy = anatomy
+        self._batch: Batch = {}
+        self._counted = False
+
+    def start(self, batch: Batch) -> None:
+        """Tell which batch the coming gradients belong to."""
+        self._batch, self._counted = batch, False
+
+    def receive(self, group: Group, activation: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Add one group's input and gradient, each (batch, tokens, units x columns)."""
+        wide = torch.promote_types(activation.dtype, torch.float32)  # bf16 sums would lose small terms
+        values = activation.to(wide)
+        shape = (*values.shape[:-1], group.units, group.columns)
+        product = (values * gradient.to(wide)).reshape(shape).sum(dim=-1)  # (batch, tokens, units)
+        per_example = product.sum(dim=1)
+        squares = product.square().sum(dim=1) if is_token_level(self._batch) else per_example.square()
+        if not torch.isfinite(squares).all():
+            raise DataError(f"The gate gradients of {group.name} are not finite.")
+        mask = self._mask(values)
+        if mask is not None:
+            values = values * mask.unsqueeze(-1).to(wide)
+        self._add(self.absolute, group, self._halves(per_example.abs()))
+        self._add(self.squared, group, self._halves(squares))
+        self._add(self.inputs, group, values.square().flatten(0, 1).sum(dim=0).reshape(shape[-2:]))
+        if not self._counted:
+            self._counted = True
+            self.examples += len(per_example)
+            self.tokens += int(values.shape[0] * values.shape[1] if mask is None else mask.sum())
+
+    def _mask(self, values: torch.Tensor) -> torch.Tensor | None:
+        """(batch, tokens) attention mask of the batch, where it fits this group's activations."""
+        mask = self._batch.get("attention_mask")
+        return mask if mask is not None and mask.shape == values.shape[:2] else None
+
+    @staticmethod
+    def _halves(values: torch.Tensor) -> torch.Tensor:
+        """(batch, units) -> (2, units): sums over the even and the odd examples of the batch."""
+        return torch.stack([values[half::2].double().sum(dim=0) for half in (0, 1)])
+
+    @staticmethod
+    def _add(sums: dict[str, torch.Tensor], group: Group, values: torch.Tensor) -> None:
+        values = values.double()
+        sums[group.name] = sums[group.name] + values if group.name in sums else values
+
+    def reduce(self, device: torch.device) -> None:
+        """Add up the sums of all processes."""
+        if not dist.is_initialized():
+            return
+        counts = torch.tensor([self.examples, self.tokens], device=device)
+        dist.all_reduce(counts)
+        self.examples, self.tokens = counts.tolist()
+        for group in self._anatomy:
+            for sums, shape in (
+                (self.absolute, (2, group.units)),
+                (self.squared, (2, group.units)),
+                (self.inputs, (group.units, group.columns)),
+            ):
+                empty = torch.zeros(shape, dtype=torch.float64, device=device)
+                dist.all_reduce(total := sums.get(group.name, empty))
+                sums[group.name] = total
+
+    def evidence(
+        self, model: PreTrainedModel, group: Group, seed: int
+    ) -> tuple[Evidence, tuple[Evidence, Evidence]]:
+        """The evidence of a group, from all examples and from each half of them."""
+        if group.units and group.name not in self.absolute:
+            raise DataError(f"The loss does not depend on {group.name}: no gradient reached it.")
+        outlet, weights = _weight_norms(model, group)
+        none = torch.zeros(2, group.units, dtype=torch.float64)
+        absolute = self.absolute.get(group.name, none)
+        squared = self.squared.get(group.name, none)
+        whole = Evidence(
+            absolute=absolute.sum(dim=0),
+            squared=squared.sum(dim=0),
+            inputs=self.inputs.get(group.name, torch.zeros_like(outlet)),
+            outlet=outlet,
+            weights=weights,
+            examples=self.examples,
+            seed=seed,
+        )
+        one, other = (
+            dataclasses.replace(
+                whole,
+                absolute=absolute[half],
+                squared=squared[half],
+                examples=max(1, (self.examples + 1 - half) // 2),
+            )
+            for half in (0, 1)
+        )
+        return whole, (one, other)
+
+
+def _weight_norms(model: PreTrainedModel, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared norms in float64: (units, columns) of the outlet's columns, (units,) of all a unit's weights.
+
+    The key and value of a KV group count for each of its query heads.
+    """
+    outlet = outlet_of(model, group)
+    columns = outlet.weight.detach().double().square().sum(dim=1 - axis_of(outlet, 1))  # type: ignore[operator,union-attr]
+    total = torch.zeros(group.units, dtype=torch.float64, device=columns.device)
+    for piece in slices(model, group):
+        weight = piece.module.weight.detach().double().square()  # type: ignore[operator,union-attr]
+        axis = axis_of(piece.module, piece.dim)
+        rows = weight if weight.dim() == 1 else weight.sum(dim=1 - axis)
+        owned = rows[piece.rows.to(rows.device)].sum(dim=1)
+        total += owned.repeat_interleave(group.heads_per_kv) if piece.per_kv else owned
+    return columns.reshape(group.units, group.columns), total

@@ -1,0 +1,168 @@
+"""The pruning plan: a frozen value that says which units stay, and explains itself. It holds no tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hfprune.errors import HfpruneError
+from hfprune.planning.budget import Budget
+from hfprune.structure.anatomy import Anatomy
+from hfprune.structure.cost import group_macs, group_params, layers_macs, layers_params
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which units of a model stay under a budget.
+
+    Attributes:
+        anatomy: of the model the plan was made for.
+        keep: {group name: kept unit indices, ascending}, every group of the anatomy.
+        budget: what was asked for.
+        criterion: by which importance the units were chosen.
+        tokens: length of the example whose MACs are counted.
+        lost: {group name: share of the group's importance that goes}.
+        gap: how far the kept importance may lie below the best possible, as a share of all importance.
+    """
+
+    anatomy: Anatomy
+    keep: Mapping[str, tuple[int, ...]]
+    budget: Budget
+    criterion: str
+    tokens: int
+    lost: Mapping[str, float] = field(default_factory=dict)
+    gap: float = 0.0
+
+    @property
+    def macs_share(self) -> float:
+        """MACs of the pruned layers over those of the dense layers."""
+        return layers_macs(self.anatomy, self.tokens, self.keep) / layers_macs(
+            self.anatomy, self.tokens
+        )
+
+    @property
+    def params_share(self) -> float:
+        """Parameters of the pruned layers over those of the dense layers."""
+        return layers_params(self.anatomy, self.keep) / layers_params(self.anatomy)
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of the plan; processes that must agree on a plan compare it."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def explain(self) -> str:
+        """A table: per group what stays, what goes and at what loss of importance; then the budget before and after."""
+        rows = [("layer", "stays", "of", "kind", "parameters", "MACs", "importance lost")]
+        for g in self.anatomy:
+            units = len(self.keep[g.name])
+            kv = len(g.kv_of(self.keep[g.name])) if g.kind == "head" else 0
+            all_kv = g.kv_groups if g.kind == "head" else 0
+            params = group_params(g, units, kv) / max(1, group_params(g, g.units, all_kv))
+            macs = group_macs(g, units, kv, self.tokens) / max(
+                1, group_macs(g, g.units, all_kv, self.tokens)
+            )
+            lost = f"{self.lost[g.name]:.1%}" if g.name in self.lost else ""
+            rows.append(
+                (g.name, f"{units:,}", f"{g.units:,}", f"{g.kind}s", f"{params:.0%}", f"{macs:.0%}", lost)
+            )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        left = {0, 3}
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i in left else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        before, after = layers_params(self.anatomy), layers_params(self.anatomy, self.keep)
+        lines += [
+            "",
+            f"Budget {self.budget} by {self.criterion}: the layers keep {self.macs_share:.1%} of their MACs "
+            f"({self.tokens} tokens) and {self.params_share:.1%} of their parameters "
+            f"({before:,} -> {after:,}; {self.anatomy.outside_params:,} outside the layers stay).",
+        ]
+        return "\n".join(lines)
+
+    def diff(self, other: PruningPlan) -> str:
+        """What another plan for the same model keeps instead, a line per group that differs."""
+        self.check_fits(other.anatomy)
+        lines = []
+        for g in self.anatomy:
+            mine, theirs = set(self.keep[g.name]), set(other.keep[g.name])
+            if mine != theirs:
+                lines.append(
+                    f"{g.name}: {len(mine)} -> {len(theirs)} {g.kind}s "
+                    f"(+{len(theirs - mine)} -{len(mine - theirs)})"
+                )
+        return "\n".join(lines) or "The plans keep the same units."
+
+    def check_fits(self, anatomy: Anatomy) -> None:
+        """Refuse to serve a model that the plan was not made for.
+
+        Raises:
+            HfpruneError: the anatomies differ.
+        """
+        if anatomy != self.anatomy:
+            raise HfpruneError(
+                f"This plan is for a {self.anatomy.model_type} with {len(self.anatomy.groups)} groups of units "
+                f"({self.anatomy.fingerprint}); the model is a {anatomy.model_type} with {len(anatomy.groups)} "
+                f"({anatomy.fingerprint}). Score and plan the model that is to be pruned."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "version": VERSION,
+            "budget": str(self.budget),
+            "criterion": self.criterion,
+            "tokens": self.tokens,
+            "macs_share": self.macs_share,
+            "params_share": self.params_share,
+            "gap": self.gap,
+            "lost": dict(self.lost),
+            "keep": {name: list(units) for name, units in self.keep.items()},
+            "anatomy": self.anatomy.to_dict(),
+        }
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> PruningPlan:
+        """The inverse of `to_dict`.
+
+        Raises:
+            HfpruneError: written by a newer version.
+        """
+        if values["version"] > VERSION:
+            raise HfpruneError(
+                f"This plan has format version {values['version']}; this hfprune reads up to {VERSION}. Upgrade it."
+            )
+        return PruningPlan(
+            anatomy=Anatomy.from_dict(values["anatomy"]),
+            keep={name: tuple(units) for name, units in values["keep"].items()},
+            budget=Budget.parse(values["budget"]),
+            criterion=values["criterion"],
+            tokens=values["tokens"],
+            lost=values["lost"],
+            gap=values["gap"],
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, under a temporary name first."""
+        temporary = Path(f"{path}.tmp")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(self.to_dict()) + "\n")
+        os.replace(temporary, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> PruningPlan:
+        """The inverse of `save`."""
+        return PruningPlan.from_dict(json.loads(Path(path).read_text()))
+
+    def __str__(self) -> str:
+        return self.explain()

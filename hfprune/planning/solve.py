@@ -1,0 +1,317 @@
+"""The planner: which units of all layers together are worth their cost under a budget.
+
+Every group offers options (how many units to keep, the most important first), each with a cost and a loss of
+importance. Choosing one option per group under one budget is the multiple-choice knapsack problem (Kellerer, Pferschy
+and Pisinger 2004, chapter 11). It is solved in two steps: the Lagrangian relaxation gives a price per unit of cost, a
+feasible plan and a bound; then dynamic programming over the few options that the bound cannot exclude is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from hfprune.errors import BudgetError, HfpruneError
+from hfprune.importance.scoring import Scores
+from hfprune.planning.budget import Budget
+from hfprune.planning.plan import PruningPlan
+from hfprune.structure.anatomy import Anatomy, Group
+from hfprune.structure.cost import group_macs, group_params, layers_macs, layers_params
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_MOST_STATES = 200_000
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What a plan must respect besides its budget.
+
+    Attributes:
+        min_heads: query heads that every attention keeps at least.
+        min_neurons: neurons that every FFN keeps at least.
+        round_to: FFN widths are multiples of this (8, 32, 64 suit tensor cores); a group may keep all of its neurons.
+        tolerance: the budget is met to this share of it, or it is an error.
+    """
+
+    min_heads: int = 1
+    min_neurons: int = 1
+    round_to: int = 1
+    tolerance: float = 0.01
+
+    def __post_init__(self) -> None:
+        if min(self.min_heads, self.min_neurons) < 0 or self.round_to < 1 or self.tolerance <= 0:
+            raise HfpruneError(
+                f"min_heads and min_neurons must be 0 or more, round_to 1 or more, tolerance above 0: {self}."
+            )
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What one group offers: parallel arrays of cost and loss, and the shape of each option.
+
+    Attributes:
+        order: unit indices, the most important first, within each KV group: (KV groups, query heads per group).
+        kv: KV groups of each option, taken in the order of their best query heads.
+        per_kv: query heads per KV group of each option (1 for neurons, whose "KV groups" are the neurons).
+    """
+
+    group: Group
+    ranked: Ints
+    importance: Floats
+    kv: Ints
+    per_kv: Ints
+    cost: Ints
+    loss: Floats
+
+    def units(self, option: int) -> tuple[int, ...]:
+        """The units that an option keeps, ascending."""
+        kv, per_kv = int(self.kv[option]), int(self.per_kv[option])
+        if not kv:
+            return ()
+        best = np.argsort(-self.importance[:, :per_kv].sum(axis=1), kind="stable")[:kv]
+        return tuple(sorted(self.ranked[best, :per_kv].flatten().tolist()))
+
+
+def plan(
+    model: PreTrainedModel,
+    scores: Scores,
+    budget: str | Budget,
+    criterion: str = "fisher",
+    constraints: Constraints | None = None,
+    tokens: int | None = None,
+) -> PruningPlan:
+    """Choose what to keep of a model under a budget.
+
+    Args:
+        model: the model that was scored.
+        scores: from `hfprune.score`.
+        budget: "macs=50%" or "params=0.6": the share of the layers' cost to keep.
+        criterion: by which importance.
+        constraints: floors and granularity; by default one head and one neuron per layer at least.
+        tokens: length of the example whose MACs are counted; by default the calibration data's mean.
+
+    Raises:
+        BudgetError: no structure meets the budget; the message names the nearest that one can.
+        HfpruneError: the scores belong to another model, or the criterion was not scored.
+    """
+    anatomy = Anatomy.of(model)
+    if scores.fingerprint != anatomy.fingerprint:
+        raise HfpruneError(
+            "These scores were measured on a model of another structure; score this model again."
+        )
+    return solve(
+        anatomy,
+        scores.by(criterion),
+        Budget.parse(budget),
+        criterion=criterion,
+        constraints=constraints or Constraints(),
+        tokens=tokens or max(1, round(scores.tokens)),
+    )
+
+
+def solve(
+    anatomy: Anatomy,
+    importance: Mapping[str, torch.Tensor],
+    budget: Budget,
+    *,
+    criterion: str,
+    constraints: Constraints,
+    tokens: int,
+) -> PruningPlan:
+    """The plan that keeps the most importance under a budget; see `plan`."""
+    offers = [
+        _options(group, importance[group.name], budget.resource, constraints, tokens)
+        for group in anatomy
+    ]
+    dense = layers_params(anatomy) if budget.resource == "params" else layers_macs(anatomy, tokens)
+    fixed = anatomy.other_layer_params if budget.resource == "params" else 0
+    limit = int(budget.share * dense + 0.5)
+    least = fixed + sum(int(offer.cost.min()) for offer in offers)
+    if least > limit:
+        raise BudgetError(
+            f"No structure keeps only {budget}: with at least {constraints.min_heads} heads and "
+            f"{constraints.min_neurons} neurons in every layer, the least is {budget.resource}={least / dense:.1%}."
+        )
+    chosen, gap = choose(
+        [offer.cost for offer in offers], [offer.loss for offer in offers], limit - fixed
+    )
+    spent = fixed + sum(int(o.cost[i]) for o, i in zip(offers, chosen, strict=True))
+    if spent < limit * (1 - constraints.tolerance):
+        raise BudgetError(
+            f"{budget} cannot be met within {constraints.tolerance:.0%}: the nearest below is "
+            f"{budget.resource}={spent / dense:.2%}. Ask for that, or for a finer round_to."
+        )
+    total = sum(float(importance[g.name].sum()) for g in anatomy)
+    keep, lost = {}, {}
+    for offer, option in zip(offers, chosen, strict=True):
+        name = offer.group.name
+        keep[name] = offer.units(option)
+        lost[name] = float(offer.loss[option] / max(float(importance[name].sum()), 1e-300))
+    return PruningPlan(
+        anatomy, keep, budget, criterion, tokens, lost, gap / total if total > 0 else 0.0
+    )
+
+
+def _options(
+    group: Group,
+    importance: torch.Tensor,
+    resource: str,
+    constraints: Constraints,
+    tokens: int,
+) -> _Options:
+    """Everything a group can keep, by count."""
+    values = importance.double().cpu().numpy().reshape(-1, group.heads_per_kv)
+    order = np.argsort(-values, axis=1, kind="stable")
+    ranked = order + np.arange(len(values))[:, None] * group.heads_per_kv
+    sorted_values = np.take_along_axis(values, order, axis=1)
+    if group.kind == "neuron":
+        counts = np.arange(group.units + 1)
+        allowed = (counts % constraints.round_to == 0) | (counts == group.units)
+        allowed &= counts >= min(constraints.min_neurons, group.units)
+        kv, per_kv = counts[allowed], np.ones(int(allowed.sum()), dtype=np.int64)
+    else:
+        shapes = [
+            (g, h) for h in range(1, group.heads_per_kv + 1) for g in range(1, len(values) + 1)
+        ]
+        floor = min(constraints.min_heads, group.units)
+        shapes = [(g, h) for g, h in [(0, 1), *shapes] if g * h >= floor]
+        kv, per_kv = (np.array(side, dtype=np.int64) for side in zip(*shapes, strict=True))
+    kept = np.zeros(len(kv))
+    for h in np.unique(per_kv):  # the best g KV groups, when each keeps its best h query heads
+        best = -np.sort(-sorted_values[:, :h].sum(axis=1))
+        kept[per_kv == h] = np.concatenate([[0.0], np.cumsum(best)])[kv[per_kv == h]]
+    cost = [
+        group_params(group, int(g * h), int(g) if group.kind == "head" else 0)
+        if resource == "params"
+        else group_macs(group, int(g * h), int(g) if group.kind == "head" else 0, tokens)
+        for g, h in zip(kv, per_kv, strict=True)
+    ]
+    return _Options(
+        group, ranked, sorted_values, kv, per_kv, np.array(cost, dtype=np.int64), values.sum() - kept
+    )
+
+
+def choose(costs: Sequence[Ints], losses: Sequence[Floats], limit: int) -> tuple[list[int], float]:
+    """Pick one option per group with the least total loss at a total cost of at most `limit`.
+
+    Args:
+        costs, losses: per group, the cost and the loss of each option.
+        limit: at least the sum of the groups' least costs.
+
+    Returns:
+        The option of each group, and a bound on how much more it loses than the best choice (0: it is the best).
+    """
+    price, chosen = _price(costs, losses, limit)
+    chosen = _fill(costs, losses, chosen, limit)
+    best = sum(float(loss[i]) for loss, i in zip(losses, chosen, strict=True))
+    reduced = [loss + price * cost for loss, cost in zip(losses, costs, strict=True)]
+    bound = sum(float(r.min()) for r in reduced) - price * limit
+    exact = _search(costs, losses, reduced, price, limit, best)
+    if exact is None:
+        return chosen, max(0.0, best - bound)
+    return exact or chosen, 0.0
+
+
+def _price(costs: Sequence[Ints], losses: Sequence[Floats], limit: int) -> tuple[float, list[int]]:
+    """The lowest price per cost at which every group, choosing for itself, stays within the limit together."""
+
+    def at(price: float) -> list[int]:
+        # Of equally good options the cheaper one, so that a high enough price is always feasible.
+        picks = []
+        for cost, loss in zip(costs, losses, strict=True):
+            value = loss + price * cost
+            ties = np.flatnonzero(value <= value.min())
+            picks.append(int(ties[np.argmin(cost[ties])]))
+        return picks
+
+    def spent(picks: Sequence[int]) -> int:
+        return sum(int(cost[i]) for cost, i in zip(costs, picks, strict=True))
+
+    if spent(picks := at(0.0)) <= limit:
+        return 0.0, picks
+    low, high = 0.0, 1e-12 + max(float(loss.max()) for loss in losses) / max(1, limit)
+    while spent(at(high)) > limit:
+        low, high = high, high * 4
+        if not np.isfinite(high):
+            return low, [int(np.argmin(cost)) for cost in costs]
+    for _ in range(200):
+        middle = (low + high) / 2
+        if not low < middle < high:
+            break
+        low, high = (middle, high) if spent(at(middle)) > limit else (low, middle)
+    return high, at(high)
+
+
+def _fill(
+    costs: Sequence[Ints], losses: Sequence[Floats], chosen: Sequence[int], limit: int
+) -> list[int]:
+    """Spend what the relaxation left over: again and again the affordable change that saves the most loss."""
+    chosen = list(chosen)
+    left = limit - sum(int(cost[i]) for cost, i in zip(costs, chosen, strict=True))
+    while True:
+        saving, where = 0.0, None
+        for g, (cost, loss) in enumerate(zip(costs, losses, strict=True)):
+            affordable = np.flatnonzero(cost <= cost[chosen[g]] + left)
+            option = int(affordable[np.argmin(loss[affordable])])
+            if loss[chosen[g]] - loss[option] > saving:
+                saving, where = float(loss[chosen[g]] - loss[option]), (g, option)
+        if where is None:
+            return chosen
+        g, option = where
+        left -= int(costs[g][option] - costs[g][chosen[g]])
+        chosen[g] = option
+
+
+def _search(
+    costs: Sequence[Ints],
+    losses: Sequence[Floats],
+    reduced: Sequence[Floats],
+    price: float,
+    limit: int,
+    best: float,
+) -> list[int] | None:
+    """Exact dynamic programming over the options whose bound is below `best`.
+
+    Returns:
+        The best choice, [] if none is better than `best`, None if there were too many states to be sure.
+    """
+    slack = 1e-9 * (abs(best) + 1e-300)
+    rest = np.concatenate([np.cumsum([r.min() for r in reduced][::-1])[::-1], [0.0]])
+    ceiling = best - slack + price * limit
+    cost, loss = np.zeros(1, dtype=np.int64), np.zeros(1)
+    steps: list[tuple[Ints, Ints]] = []  # per group: which earlier state and which option led to a state
+    for g, (option_cost, option_loss) in enumerate(zip(costs, losses, strict=True)):
+        floor_before = float(np.min(loss + price * cost))
+        options = np.flatnonzero(floor_before + reduced[g] + rest[g + 1] <= ceiling)
+        if len(cost) * len(options) > 50 * _MOST_STATES:
+            return None
+        new_cost = (cost[:, None] + option_cost[options][None]).ravel()
+        new_loss = (loss[:, None] + option_loss[options][None]).ravel()
+        alive = np.flatnonzero(
+            (new_cost <= limit) & (new_loss + price * new_cost + rest[g + 1] <= ceiling)
+        )
+        order = alive[np.lexsort((new_loss[alive], new_cost[alive]))]
+        falls = np.minimum.accumulate(new_loss[order]) if len(order) else np.zeros(0)
+        first = np.ones(len(order), dtype=bool)
+        first[1:] = falls[1:] < falls[:-1]  # dearer and no better: dominated
+        order = order[first]
+        if not len(order):
+            return []
+        if len(order) > _MOST_STATES:
+            return None
+        steps.append((order // len(options), options[order % len(options)]))
+        cost, loss = new_cost[order], new_loss[order]
+    state, picks = int(np.argmin(loss)), []
+    if loss[state] >= best - slack:
+        return []
+    for parents, chosen in reversed(steps):
+        picks.append(int(chosen[state]))
+        state = int(parents[state])
+    return picks[::-1]
