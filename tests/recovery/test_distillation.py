@@ -1,0 +1,728 @@
+"""The distillation losses against hand computation, and training against an explicit loop."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainerCallback,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hfprune.errors import CheckpointError, DataError, RecipeError
+from hfprune.recovery.distillation import DistillationArguments, DistillationTrainer, distill
+from hfprune.recovery.losses import Divergence, spread_layers
+
+VOCABULARY = 40
+CLASSES = 3
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+ENCODER = {"hidden_size": 16, "num_attention_heads": 2, "num_labels": CLASSES}
+
+
+def bert(cls=BertForSequenceClassification, width=32, layers=2, **changes):
+    settings = {**ENCODER, **NO_DROPOUT, **changes}
+    config = BertConfig(
+        vocab_size=VOCABULARY, intermediate_size=width, num_hidden_layers=layers, **settings
+    )
+    return cls(config)
+
+
+def llama(width=32, vocabulary=VOCABULARY):
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=16,
+            intermediate_size=width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            pad_token_id=0,
+        )
+    )
+
+
+def t5(width=32):
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCABULARY,
+            d_model=16,
+            d_ff=width,
+            d_kv=8,
+            num_heads=2,
+            num_layers=2,
+            num_decoder_layers=1,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+        )
+    )
+
+
+def vit(width=32, **changes):
+    settings = {**ENCODER, **NO_DROPOUT, **changes}
+    return ViTForImageClassification(
+        ViTConfig(
+            intermediate_size=width, num_hidden_layers=2, image_size=8, patch_size=4, **settings
+        )
+    )
+
+
+def pair(make, **changes):
+    """A student with half the neurons of its teacher."""
+    torch.manual_seed(0)
+    return make(width=16, **changes), make(width=32, **changes)
+
+
+def examples(make, count=16):
+    """Examples of unequal length, and for token-level tasks of unequal numbers of labels."""
+    generator = torch.Generator().manual_seed(1)
+
+    def integers(high, size):
+        return torch.randint(1, high, (size,), generator=generator).tolist()
+
+    made = []
+    for index in range(count):
+        length = 3 + index % 5
+        if make is vit:
+            image = torch.randn(3, 8, 8, generator=generator)
+            made.append({"pixel_values": image, "labels": index % CLASSES})
+            continue
+        example = {"input_ids": integers(VOCABULARY, length), "attention_mask": [1] * length}
+        if make is bert:
+            example["labels"] = index % CLASSES
+        elif make is llama:  # the prompt is masked; some examples have one target only
+            example["labels"] = [-100] * (length - 1 - index % 2) + integers(
+                VOCABULARY, 1 + index % 2
+            )
+        else:
+            example["labels"] = integers(VOCABULARY, 2 + index % 3)
+        made.append(example)
+    return made
+
+
+def collate(rows):
+    """Pad on the right to the longest row."""
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    batch = {}
+    for name in rows[0]:
+        values = [torch.as_tensor(row[name]) for row in rows]
+        if values[0].dim() == 1:
+            longest = max(len(value) for value in values)
+            values = [F.pad(value, (0, longest - len(value)), value=fill[name]) for value in values]
+        batch[name] = torch.stack(values)
+    return batch
+
+
+def arguments(folder, **changes):
+    settings = {
+        "output_dir": str(folder),
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "train_sampling_strategy": "sequential",
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **changes,
+    }
+    return DistillationArguments(**settings)
+
+
+def trainer_of(student, teacher, folder, dataset=None, layer_map=None, outlets=None, **changes):
+    return DistillationTrainer(
+        student,
+        teacher,
+        arguments(folder, **changes),
+        layer_map=layer_map,
+        attention_outlets=outlets,
+        train_dataset=dataset,
+        data_collator=collate,
+    )
+
+
+def part(student, teacher, batch, folder, name, **changes):
+    """One part of the loss on one batch, as the trainer computes it."""
+    weights = {f"{each}_weight": 0.0 for each in ("task", "logits", "hidden", "attention")}
+    trainer = trainer_of(student, teacher, folder, **{**weights, f"{name}_weight": 1.0}, **changes)
+    student.train()
+    return trainer.compute_loss(student, dict(batch))
+
+
+def kl(teacher, student, temperature=2.0):
+    """KL(teacher || student) of two vectors of logits, as a plain sum."""
+    p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
+    return temperature**2 * (p * (p / q).log()).sum()
+
+
+def weights(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_close(left, right, **tolerance):
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], msg=name, **tolerance)
+
+
+# The losses -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "skewed"])
+def test_divergence_is_the_textbook_formula(kind):
+    student, teacher = torch.randn(5, 7), torch.randn(5, 7)
+    p, q = (teacher / 3).softmax(-1), (student / 3).softmax(-1)
+    first, second = {
+        "forward": (p, q),
+        "reverse": (q, p),
+        "skewed": (p, 0.2 * p + 0.8 * q),
+    }[kind]
+    expected = 9 * F.kl_div(second.log(), first, reduction="none").sum(-1)
+    torch.testing.assert_close(Divergence(kind, 3.0, 0.2)(student, teacher), expected)
+
+
+def test_layers_are_spread_with_the_last_aligned():
+    assert spread_layers(4, 4) == (0, 1, 2, 3)
+    assert spread_layers(3, 6) == (1, 3, 5)
+    assert spread_layers(2, 5) == (2, 4)
+
+
+@pytest.mark.parametrize("make", [bert, vit])
+def test_classification_logits_use_every_example(make, tmp_path):
+    student, teacher = pair(make)
+    batch = collate(examples(make, 5))
+    expected = [
+        kl(theirs, ours)
+        for theirs, ours in zip(teacher(**batch).logits, student(**batch).logits, strict=True)
+    ]
+    torch.testing.assert_close(
+        part(student, teacher, batch, tmp_path, "logits"), sum(expected) / len(expected)
+    )
+
+
+def test_unlabelled_batches_can_be_distilled_for_classification(tmp_path):
+    student, teacher = pair(bert)
+    batch = collate(examples(bert, 5))
+    labelled = part(student, teacher, batch, tmp_path, "logits")
+    del batch["labels"]
+    torch.testing.assert_close(part(student, teacher, batch, tmp_path, "logits"), labelled)
+    with pytest.raises(DataError, match="no labels"):
+        part(student, teacher, batch, tmp_path, "task")
+
+
+def test_causal_logits_count_the_positions_whose_next_label_counts(tmp_path):
+    student, teacher = pair(llama)
+    batch = collate(examples(llama, 6))
+    ours, theirs, labels = student(**batch).logits, teacher(**batch).logits, batch["labels"]
+    expected = [
+        kl(theirs[row, at], ours[row, at])
+        for row in range(labels.shape[0])
+        for at in range(labels.shape[1] - 1)
+        if labels[row, at + 1] != -100
+    ]
+    assert 6 < len(expected) < labels.numel() / 2
+    torch.testing.assert_close(
+        part(student, teacher, batch, tmp_path, "logits"), sum(expected) / len(expected)
+    )
+
+
+@pytest.mark.parametrize("make", [t5, lambda width: bert(BertForMaskedLM, width)])
+def test_unshifted_token_logits_count_the_labelled_positions(make, tmp_path):
+    student, teacher = pair(make)
+    batch = collate(examples(t5, 4))
+    if make is not t5:
+        batch["labels"] = torch.where(batch["input_ids"] > 20, batch["input_ids"], -100)
+    ours, theirs = student(**batch).logits, teacher(**batch).logits
+    where = (batch["labels"] != -100).nonzero().tolist()
+    expected = [kl(theirs[row, at], ours[row, at]) for row, at in where]
+    torch.testing.assert_close(
+        part(student, teacher, batch, tmp_path, "logits"), sum(expected) / len(expected)
+    )
+
+
+def test_span_logits_leave_padding_out(tmp_path):
+    student, teacher = pair(lambda width: bert(BertForQuestionAnswering, width, num_labels=2))
+    batch = collate(examples(bert, 5))
+    del batch["labels"]
+    lengths = batch["attention_mask"].sum(1).tolist()
+    ours, theirs = student(**batch), teacher(**batch)
+    expected = [
+        kl(theirs[end][row, :length], ours[end][row, :length])
+        for row, length in enumerate(lengths)
+        for end in ("start_logits", "end_logits")
+    ]
+    torch.testing.assert_close(
+        part(student, teacher, batch, tmp_path, "logits"), sum(expected) / len(expected)
+    )
+    batch |= {"start_positions": torch.ones(5).long(), "end_positions": torch.ones(5).long()}
+    torch.testing.assert_close(
+        part(student, teacher, batch, tmp_path, "task"), student(**batch).loss
+    )
+
+
+def test_multi_label_and_regression_logits(tmp_path):
+    student, teacher = pair(bert, problem_type="multi_label_classification")
+    batch = collate(examples(bert, 4))
+    batch["labels"] = torch.eye(4)[:, :CLASSES]
+    p, q = ((model(**batch).logits / 2).sigmoid() for model in (teacher, student))
+    expected = 4 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log())
+    torch.testing.assert_close(
+        part(student, teacher, batch, tmp_path, "logits"), expected.mean(), rtol=1e-4, atol=1e-7
+    )
+
+    student, teacher = pair(bert, num_labels=1)
+    batch["labels"] = torch.randn(4)
+    expected = F.mse_loss(student(**batch).logits, teacher(**batch).logits)
+    torch.testing.assert_close(part(student, teacher, batch, tmp_path, "logits"), expected)
+
+
+@pytest.mark.parametrize("layer_map", [None, (0, 3)])
+def test_hidden_states_skip_padding_and_follow_the_layer_map(layer_map, tmp_path):
+    torch.manual_seed(0)
+    student, teacher = bert(layers=2), bert(layers=4)
+    batch = collate(examples(bert, 5))
+    ours = student(**batch, output_hidden_states=True).hidden_states
+    theirs = teacher(**batch, output_hidden_states=True).hidden_states
+    errors = [
+        (ours[layer + 1][row, at] - theirs[source + 1][row, at]).square().mean()
+        / theirs[source + 1][row, at].square().mean()
+        for layer, source in enumerate(layer_map or (1, 3))
+        for row, at in batch["attention_mask"].nonzero().tolist()
+    ]
+    loss = part(student, teacher, batch, tmp_path, "hidden", layer_map=layer_map)
+    torch.testing.assert_close(loss, sum(errors) / len(errors))
+
+
+def test_decoder_states_count_by_the_labels(tmp_path):
+    student, teacher = pair(t5)
+    batch = collate(examples(t5, 4))
+    ours = student(**batch, output_hidden_states=True)
+    theirs = teacher(**batch, output_hidden_states=True)
+    layers = []
+    for name, mask in (
+        ("encoder_hidden_states", batch["attention_mask"] == 1),
+        ("decoder_hidden_states", batch["labels"] != -100),
+    ):
+        for left, right in zip(ours[name][1:], theirs[name][1:], strict=True):
+            left, right = left[mask], right[mask]
+            layers.append(((left - right).square().mean(-1) / right.square().mean(-1)).mean())
+    assert len(layers) == 3
+    torch.testing.assert_close(
+        part(student, teacher, batch, tmp_path, "hidden"), sum(layers) / len(layers)
+    )
+
+
+def test_attention_outlets_are_matched_and_their_hooks_removed(tmp_path):
+    student, teacher = pair(bert)
+    path = "bert.encoder.layer.1.attention.output.dense"
+    batch = collate(examples(bert, 5))
+    seen = []
+    for model in (student, teacher):
+        hook = model.get_submodule(path).register_forward_hook(lambda *call: seen.append(call[2]))
+        model(**batch)
+        hook.remove()
+    ours, theirs = (states[batch["attention_mask"] == 1] for states in seen)
+    expected = ((ours - theirs).square().mean(-1) / theirs.square().mean(-1)).mean()
+    loss = part(student, teacher, batch, tmp_path, "attention", outlets={path: path})
+    torch.testing.assert_close(loss, expected)
+    assert not student.get_submodule(path)._forward_hooks
+    with pytest.raises(RecipeError, match=r"'nowhere', which the student"):
+        part(student, teacher, batch, tmp_path, "attention", outlets={"nowhere": path})
+
+
+# Training -------------------------------------------------------------------------------------
+
+
+def reference_steps(student, teacher, rows, steps):
+    """Distil by hand on whole batches: SGD on 0.5 task + 1.0 KL + 1.0 hidden."""
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    student.train()
+    losses = []
+    for step in range(steps):
+        batch = collate(rows[8 * step : 8 * step + 8])
+        ours = student(**batch, output_hidden_states=True)
+        with torch.no_grad():
+            theirs = teacher(**batch, output_hidden_states=True)
+        logits, targets = (ours.logits, theirs.logits), batch["labels"]
+        if logits[0].dim() == 3:
+            if isinstance(student, LlamaForCausalLM):
+                logits, targets = [each[:, :-1] for each in logits], targets[:, 1:]
+            logits = [each[targets != -100] for each in logits]
+        pairs = [(ours.get("hidden_states"), theirs.get("hidden_states"), None)]
+        if isinstance(student, T5ForConditionalGeneration):
+            pairs = [
+                (ours.encoder_hidden_states, theirs.encoder_hidden_states, None),
+                (ours.decoder_hidden_states, theirs.decoder_hidden_states, targets != -100),
+            ]
+        hidden = []
+        for lefts, rights, mask in pairs:
+            mask = (
+                batch["attention_mask"].bool()
+                if mask is None and "attention_mask" in batch
+                else mask
+            )
+            for left, right in zip(lefts[1:], rights[1:], strict=True):
+                error = (left - right).square().mean(-1) / right.square().mean(-1)
+                hidden.append(error.mean() if mask is None else error[mask].mean())
+        divergence = torch.stack([kl(p, q) for q, p in zip(*logits, strict=True)]).mean()
+        parts = ours.loss, divergence, torch.stack(hidden).mean()
+        loss = 0.5 * parts[0] + parts[1] + parts[2]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append([loss.item(), *(value.item() for value in parts)])
+    return losses
+
+
+@pytest.mark.parametrize("make", [bert, llama, t5, vit])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_training_is_the_explicit_loop_whatever_the_accumulation(make, accumulation, tmp_path):
+    rows = examples(make, 16)
+    by_hand, teacher = pair(make)
+    student, _ = pair(make)
+    teacher_before = weights(teacher)
+    expected = reference_steps(by_hand, teacher.eval(), rows, steps=2)
+    trainer = trainer_of(
+        student,
+        teacher,
+        tmp_path,
+        rows,
+        max_steps=2,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+    )
+    trainer.train()
+    assert_close(weights(student), weights(by_hand), rtol=1e-4, atol=1e-6)
+    keys = ("loss", "loss_task", "loss_logits", "loss_hidden")
+    logged = [[log[key] for key in keys] for log in trainer.state.log_history if "loss" in log]
+    torch.testing.assert_close(torch.tensor(logged), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    assert_close(weights(teacher), teacher_before, rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_parts_are_means_over_the_logging_interval(tmp_path):
+    student, teacher = pair(bert)
+    trainer = trainer_of(student, teacher, tmp_path, examples(bert), max_steps=4, logging_steps=2)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 2
+    for log in logs:
+        mixed = 0.5 * log["loss_task"] + log["loss_logits"] + log["loss_hidden"]
+        assert log["loss"] == pytest.approx(mixed, rel=1e-5)
+
+
+def test_a_batch_without_a_single_label_adds_nothing(tmp_path):
+    """Prompt masking and truncation can leave one of the accumulated batches without targets."""
+    rows = examples(llama, 8)
+    for row in rows[:2]:
+        row["labels"] = [-100] * len(row["labels"])
+    by_hand, teacher = pair(llama)
+    student, _ = pair(llama)
+    reference_steps(by_hand, teacher.eval(), rows, steps=1)
+    changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    trainer_of(student, teacher, tmp_path, rows, max_steps=1, **changes).train()
+    assert_close(weights(student), weights(by_hand), rtol=1e-4, atol=1e-6)
+
+
+def test_evaluation_reports_the_task_loss_without_the_teacher(tmp_path):
+    student, teacher = pair(bert)
+    rows = examples(bert, 4)
+    trainer = trainer_of(student, teacher, tmp_path, rows)
+    teacher.forward = None  # would raise if called
+    loss = trainer.evaluate(rows)["eval_loss"]
+    assert loss == pytest.approx(student(**collate(rows)).loss.item(), rel=1e-5)
+
+
+def test_teacher_keeps_its_dtype(tmp_path):
+    student, teacher = pair(vit)
+    teacher.to(torch.bfloat16)
+    trainer = trainer_of(student, teacher, tmp_path, examples(vit), max_steps=1)
+    trainer.train()
+    assert teacher.dtype == torch.bfloat16 and not teacher.training
+    optimised = {id(value) for group in trainer.optimizer.param_groups for value in group["params"]}
+    assert optimised == {id(value) for value in student.parameters()}
+
+
+def test_use_cache_is_restored_also_in_checkpoints(tmp_path):
+    student, teacher = pair(llama)
+    student.config.use_cache = True
+    rows = examples(llama, 4)
+    changes = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer_of(student, teacher, tmp_path, rows, **changes).train()
+    assert student.config.use_cache and teacher.config.use_cache
+    assert json.loads((tmp_path / "checkpoint-1/config.json").read_text())["use_cache"] is True
+    student, teacher = pair(vit)
+    trainer_of(student, teacher, tmp_path / "vit", examples(vit, 4), **changes).train()
+    assert "use_cache" not in (tmp_path / "vit/checkpoint-1/config.json").read_text()
+
+
+class At(TrainerCallback):
+    """Do something to the model when a step has ended."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            self.action(model)
+
+
+def spoil(model):
+    with torch.no_grad():
+        model.classifier.weight.fill_(float("nan"))
+
+
+def stop(model):
+    raise KeyboardInterrupt
+
+
+def test_a_loss_that_is_not_finite_stops_training(tmp_path):
+    student, teacher = pair(bert)
+    args = arguments(tmp_path, max_steps=8, save_strategy="steps", save_steps=2)
+    with pytest.raises(DataError, match=r"global step 4: task nan, logits nan, hidden 0\.\d+"):
+        distill(
+            student,
+            teacher,
+            examples(bert, 32),
+            args=args,
+            data_collator=collate,
+            callbacks=[At(3, spoil)],
+        )
+    saved = BertForSequenceClassification.from_pretrained(tmp_path / "checkpoint-2")
+    assert all(value.isfinite().all() for value in saved.state_dict().values())
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def dropping(make):
+    return lambda width: make(width=width, hidden_dropout_prob=0.1)
+
+
+@pytest.mark.parametrize("make", [vit, bert])
+def test_a_stopped_run_resumes_to_the_same_weights(make, tmp_path):
+    def run(folder, **extra):
+        student, teacher = pair(dropping(make))
+        args = arguments(
+            tmp_path / folder,
+            optim="adamw_torch",
+            learning_rate=1e-2,
+            lr_scheduler_type="linear",
+            train_sampling_strategy="random",
+            max_steps=10,
+            save_strategy="steps",
+            save_steps=5,
+        )
+        return student, lambda: distill(
+            student, teacher, examples(make, 32), args=args, data_collator=collate, **extra
+        )
+
+    straight, go = run("straight")
+    go()
+    _, go = run("stopped", callbacks=[At(7, stop)])
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    (tmp_path / "stopped/checkpoint-6").mkdir()  # killed while saving
+    _, go = run("stopped")
+    with pytest.raises(RecipeError, match=r"checkpoint-5 of an earlier run; pass resume=True"):
+        go()
+    resumed, go = run("stopped", resume=True)
+    assert go().global_step == 10
+    assert_close(weights(resumed), weights(straight), rtol=0, atol=0)
+    finished, go = run("stopped", resume=True)
+    assert go().global_step == 10
+    assert_close(weights(finished), weights(straight), rtol=0, atol=0)
+
+
+def test_checkpoints_have_the_names_in_memory_and_load_anywhere(tmp_path):
+    student, teacher = pair(vit)
+    changes = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = trainer_of(student, teacher, tmp_path, examples(vit, 4), **changes)
+    trainer.train()
+    saved = load_file(tmp_path / "checkpoint-1/model.safetensors")
+    assert_close(saved, weights(student), rtol=0, atol=0)
+    again = ViTForImageClassification.from_pretrained(tmp_path / "checkpoint-1")
+    assert_close(weights(again), weights(student), rtol=0, atol=0)
+    trainer.save_model(tmp_path / "published")  # the stock format, by the stock method
+    stock = load_file(tmp_path / "published/model.safetensors")
+    assert stock.keys() != saved.keys()
+    again = ViTForImageClassification.from_pretrained(tmp_path / "published")
+    assert_close(weights(again), weights(student), rtol=0, atol=0)
+
+
+def test_a_checkpoint_with_other_names_is_refused(tmp_path):
+    student, teacher = pair(vit)
+    changes = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer_of(student, teacher, tmp_path, examples(vit, 8), **changes).train()
+    student.save_pretrained(tmp_path / "checkpoint-1")
+    with pytest.raises(CheckpointError, match=r"lacks \d+ of the model's tensors"):
+        trainer_of(student, teacher, tmp_path, examples(vit, 8), **changes).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+        )
+
+
+def test_tied_weights_resume(tmp_path):
+    student, teacher = pair(t5)
+    changes = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer_of(student, teacher, tmp_path, examples(t5, 8), **changes).train()
+    resumed, _ = pair(t5)
+    trainer_of(resumed, teacher, tmp_path, examples(t5, 8), **changes).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+    )
+    assert_close(weights(resumed), weights(student), rtol=0, atol=0)
+
+
+def test_verification_is_left_out_of_checkpoints_only(tmp_path):
+    calls = []
+
+    class Verified(BertForSequenceClassification):
+        def save_pretrained(self, save_directory, *, verify=True, **kwargs):
+            calls.append(verify)
+            super().save_pretrained(save_directory, **kwargs)
+
+    student = bert(Verified, width=16)
+    changes = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = trainer_of(student, bert(), tmp_path, examples(bert, 4), **changes)
+    trainer.train()
+    trainer.save_model(tmp_path / "published")
+    assert calls == [False, True]
+
+
+def test_the_best_checkpoint_by_the_held_out_metric_is_kept(tmp_path):
+    student, teacher = pair(vit)
+    accuracies = iter([0.1, 0.9, 0.3])
+    args = arguments(
+        tmp_path,
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=1,
+        metric_for_best_model="accuracy",
+    )
+    rows = examples(vit, 12)
+    distill(
+        student,
+        teacher,
+        rows,
+        rows[:4],
+        args=args,
+        data_collator=collate,
+        compute_metrics=lambda prediction: {"accuracy": next(accuracies)},
+    )
+    best = load_file(tmp_path / "checkpoint-2/model.safetensors")
+    assert_close(weights(student), best, rtol=0, atol=0)
+    last = load_file(tmp_path / "checkpoint-3/model.safetensors")
+    assert any(not torch.equal(last[name], best[name]) for name in best)
+
+
+# Bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task_weight": -1.0}, "at least 0"),
+        ({"task_weight": 0.0, "logits_weight": 0.0, "hidden_weight": 0.0}, "one of them above 0"),
+        ({"temperature": 0.0}, "temperature is 0"),
+        ({"skew": 1.0}, "skew is 1"),
+        ({"divergence": "foward"}, "Did you mean 'forward'"),
+    ],
+)
+def test_bad_arguments_are_refused(changes, message, tmp_path):
+    with pytest.raises(RecipeError, match=message):
+        arguments(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "changes", "message"),
+    [
+        (llama(), llama(vocabulary=50), {}, "40 vocabulary entries, the teacher 50"),
+        (bert(), bert(num_labels=2), {}, "3 labels, the teacher 2 labels"),
+        (
+            bert(id2label={0: "a", 1: "b", 2: "c"}),
+            bert(id2label={0: "b", 1: "a", 2: "c"}),
+            {},
+            "number the labels differently",
+        ),
+        (bert(), bert(), {"attention_weight": 1.0}, "attention_outlets is not"),
+        (bert(), bert(), {"label_smoothing_factor": 0.1}, "label_smoothing_factor cannot"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused_before_training(
+    student, teacher, changes, message, tmp_path
+):
+    with pytest.raises(RecipeError, match=message):
+        trainer_of(student, teacher, tmp_path, **changes)
+
+
+@pytest.mark.parametrize("layer_map", [(0,), (0, 4), (-1, 3)])
+def test_a_wrong_layer_map_is_refused(layer_map, tmp_path):
+    with pytest.raises(RecipeError, match="give 2 teacher layers, each from 0 to 3"):
+        part(
+            bert(), bert(layers=4), collate(examples(bert, 2)), tmp_path, "hidden",
+            layer_map=layer_map,
+        )  # fmt: skip
+
+
+def test_bad_data_is_refused(tmp_path):
+    student, teacher = pair(llama)
+    with pytest.raises(DataError, match="train_dataset is empty"):
+        distill(student, teacher, [], args=arguments(tmp_path))
+    batch = collate(examples(llama, 2))
+    del batch["labels"]
+    with pytest.raises(DataError, match="token-level labels"):
+        part(student, teacher, batch, tmp_path, "logits")
+    with pytest.raises(RecipeError, match="save_strategy is 'no'"):
+        rows = examples(llama, 2)
+        distill(student, teacher, rows, rows, args=arguments(tmp_path), compute_metrics=dict)
+
+
+# Processes ------------------------------------------------------------------------------------
+
+
+def two_process_main(folder):
+    """What each of the processes of the test below runs."""
+    student, teacher = pair(llama)
+    trainer = trainer_of(
+        student,
+        teacher,
+        folder,
+        examples(llama, 16),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+    )
+    trainer.train()
+    if trainer.is_world_process_zero():
+        torch.save((weights(student), trainer.state.log_history), f"{folder}/result.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    by_hand, teacher = pair(llama)
+    expected = reference_steps(by_hand, teacher.eval(), examples(llama, 16), steps=2)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([*launch, __file__, str(tmp_path)], check=True, timeout=300, env=environment)
+    found, history = torch.load(tmp_path / "result.pt")
+    assert_close(found, weights(by_hand), rtol=1e-4, atol=1e-6)
+    keys = ("loss", "loss_task", "loss_logits", "loss_hidden")
+    logged = [[log[key] for key in keys] for log in history if "loss" in log]
+    torch.testing.assert_close(torch.tensor(logged), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+if __name__ == "__main__":
+    two_process_main(sys.argv[1])
