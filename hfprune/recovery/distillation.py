@@ -177,9 +177,8 @@ class DistillationTrainer(Trainer):
             The batches, and an int64 tensor (3,): the sizes of `Counted` summed over them and all
             processes.
         """
-        if 0 < self.state.max_steps <= self.state.global_step:  # resumed after the last step
-            self.control.should_training_stop = True  # the Trainer would do one step more
-            return [], None
+        if 0 < self.state.max_steps <= self.state.global_step:
+            return [], None  # resumed after the last step: the Trainer would take one more
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         sizes = torch.zeros(len(Counted._fields), dtype=torch.int64, device=device)
         for batch in batches:
