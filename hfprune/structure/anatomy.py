@@ -117,9 +117,7 @@ class Anatomy:
             for group in groups
         )
         total = sum(p.numel() for p in model.parameters())
-        return Anatomy(
-            row.model_type, tuple(groups), layer_params - owned, total - layer_params
-        )
+        return Anatomy(row.model_type, tuple(groups), layer_params - owned, total - layer_params)
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
@@ -224,7 +222,9 @@ class Slice:
         return owned + (self.rows.shape[1] if bias is not None and self.dim == 0 else 0)
 
     def _share(self, weight: torch.Tensor) -> int:
-        others = [n for axis, n in enumerate(weight.shape) if axis != axis_of(self.module, self.dim)]
+        others = [
+            n for axis, n in enumerate(weight.shape) if axis != axis_of(self.module, self.dim)
+        ]
         return math.prod(others) * self.rows.shape[1]
 
 

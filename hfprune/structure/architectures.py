@@ -138,9 +138,7 @@ _LLAMA_ATTENTION = _split(
 _LLAMA = Stack(
     layers="layers",
     attentions=(_LLAMA_ATTENTION,),
-    ffn=Ffn(
-        ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", widths=("mlp:intermediate_size",)
-    ),
+    ffn=Ffn(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", widths=("mlp:intermediate_size",)),
 )
 
 _FAMILIES: dict[tuple[str, ...], tuple[Stack, ...]] = {

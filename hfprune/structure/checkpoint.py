@@ -88,7 +88,9 @@ def from_pretrained(
         raise CheckpointError(
             "ignore_mismatched_sizes would fill the pruned layers with random weights; load without it."
         )
-    hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
+    hub = {
+        k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs
+    }
     config = AutoConfig.from_pretrained(model_id, **hub)
     structure = getattr(config, KEY, None)
     try:
@@ -128,5 +130,3 @@ def _class_to_load(
         raise CheckpointError(f"{auto_class.__name__} has no class for {config.model_type} models.")
     cls = mapping[type(config)]
     return cls[0] if isinstance(cls, tuple) else cls
-
-

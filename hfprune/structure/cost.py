@@ -21,9 +21,7 @@ Selection = Mapping[str, Sequence[int]]
 def group_params(group: Group, units: int, kv_groups: int) -> int:
     """Parameters of a group that keeps `units` units in `kv_groups` KV groups."""
     shared = group.shared_params if units else 0
-    return (
-        units * group.unit_params + kv_groups * group.kv_params + shared + group.fixed_params
-    )
+    return units * group.unit_params + kv_groups * group.kv_params + shared + group.fixed_params
 
 
 def group_macs(group: Group, units: int, kv_groups: int, tokens: int) -> int:

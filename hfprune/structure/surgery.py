@@ -67,7 +67,9 @@ def check_selection(anatomy: Anatomy, selection: Selection) -> None:
     """
     for name, units in selection.items():
         if name not in anatomy:
-            raise HfpruneError(f"The selection names {name!r}; this model has no such group of units.")
+            raise HfpruneError(
+                f"The selection names {name!r}; this model has no such group of units."
+            )
         group = anatomy[name]
         if len(set(units)) != len(units) or not all(0 <= unit < group.units for unit in units):
             raise HfpruneError(

@@ -1,0 +1,262 @@
+"""The contract that every family of the table fulfils. A new row is tested by being there.
+
+The oracle is the dense model with the gates of the dropped units closed; the pruned model must
+say the same.
+"""
+
+import copy
+import json
+import subprocess
+import sys
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+
+from hfprune.importance.gates import frozen, gate_gradients, gated, masked
+from hfprune.structure.anatomy import Anatomy
+from hfprune.structure.architectures import ROWS
+from hfprune.structure.checkpoint import from_pretrained
+from hfprune.structure.cost import counted_macs, group_macs, layers_macs, layers_params
+from hfprune.structure.surgery import copy_and_cut, cut
+
+every_family = pytest.mark.parametrize("family", ROWS)
+GENERATING = [
+    family
+    for family in ROWS
+    if "LM" in tiny.auto_class(family) and "Masked" not in tiny.auto_class(family)
+]
+
+
+def dense_and_pruned(family, dtype=torch.float32):
+    dense = tiny.model(family, dtype=dtype)
+    keep = tiny.selection(Anatomy.of(dense))
+    return dense, copy_and_cut(dense, keep), keep
+
+
+@every_family
+def test_the_pruned_model_is_the_dense_one_with_closed_gates(family):
+    dense, pruned, keep = dense_and_pruned(family, torch.float64)
+    inputs = tiny.batch(dense)
+    with torch.no_grad(), masked(dense, keep):
+        expected = tiny.outputs(dense, inputs)
+    with torch.no_grad():
+        whole, got = tiny.outputs(dense, inputs), tiny.outputs(pruned, inputs)
+    assert type(pruned).__name__ == type(dense).__name__
+    # Most families compute norms, softmax and rotary tables in float32, whatever the weights.
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(whole, expected, rtol=1e-3, atol=1e-3)
+
+
+@every_family
+def test_gate_gradients_are_finite_differences(family):
+    model = tiny.model(family, dtype=torch.float64)
+    anatomy, inputs = Anatomy.of(model), tiny.batch(model)
+    generator = torch.Generator().manual_seed(2)
+    weights = torch.randn(
+        tiny.outputs(model, inputs).shape, generator=generator, dtype=torch.float64
+    )
+    found = {}
+
+    def receive(group, activation, gradient):
+        by_unit = (activation * gradient).reshape(-1, group.units, group.columns).sum((0, 2))
+        found[group.name] = found.get(group.name, 0) + by_unit
+
+    def loss():
+        return (tiny.outputs(model, inputs) * weights).sum()
+
+    with frozen(model):
+        with gate_gradients(model, anatomy, receive):
+            loss().backward()
+        step = 1e-3
+        for group in anatomy:
+            direction = torch.randn(group.units, generator=generator, dtype=torch.float64)
+            sides = []
+            for sign in (1, -1):
+                with torch.no_grad(), gated(model, {group.name: 1 + sign * step * direction}):
+                    sides.append(loss())
+            slope = (sides[0] - sides[1]) / (2 * step)
+            torch.testing.assert_close(found[group.name] @ direction, slope, rtol=2e-3, atol=2e-2)
+
+
+@contextmanager
+def lengths_seen(model, anatomy):
+    """{stack: tokens in one of its examples}, filled by the forward passes inside the context."""
+    lengths = {}
+    with ExitStack() as stack:
+        for group in anatomy:
+            outlet = model.base_model.get_submodule(group.outlet)
+            hook = outlet.register_forward_pre_hook(
+                lambda module, args, number=group.stack: lengths.update({number: args[0].shape[-2]})
+            )
+            stack.callback(hook.remove)
+        yield lengths
+
+
+@every_family
+def test_cost_counts_what_is_there(family):
+    dense, pruned, keep = dense_and_pruned(family)
+    before, after = Anatomy.of(dense), Anatomy.of(pruned)
+    for model, anatomy in ((dense, before), (pruned, after)):
+        total = sum(p.numel() for p in model.parameters())
+        assert layers_params(anatomy) + anatomy.outside_params == total
+    assert layers_params(before, keep) == layers_params(after)
+    assert layers_macs(before, 9, keep) == layers_macs(after, 9)
+
+    inputs = tiny.batch(dense)
+    with lengths_seen(dense, before) as lengths:
+        dense(**inputs)
+    if "decoder_input_ids" in inputs:  # one length for both sides of the cross-attention
+        inputs["decoder_input_ids"] = inputs["decoder_input_ids"][:, :1].repeat(1, lengths[0])
+        lengths[1] = lengths[0]
+    examples = len(next(iter(inputs.values())))
+
+    def macs(anatomy):
+        return examples * sum(
+            group_macs(g, g.units, g.kv_groups if g.kind == "head" else 0, lengths[g.stack])
+            for g in anatomy
+        )
+
+    counted = counted_macs(dense, inputs) - counted_macs(pruned, inputs)
+    assert counted == macs(before) - macs(after)
+
+
+@every_family
+def test_keeping_everything_changes_nothing_and_twice_is_the_union(family):
+    dense, pruned, keep = dense_and_pruned(family)
+    anatomy, inputs = Anatomy.of(dense), tiny.batch(dense)
+    assert Anatomy.from_dict(json.loads(json.dumps(anatomy.to_dict()))) == anatomy
+    same = copy_and_cut(dense, anatomy.everything)
+    assert tiny.outputs(same, inputs).equal(tiny.outputs(dense, inputs))
+    half = {g.name: keep[g.name] if g.layer else range(g.units) for g in anatomy}
+    rest = {g.name: range(len(half[g.name])) if g.layer else keep[g.name] for g in anatomy}
+    twice = cut(copy_and_cut(dense, half), rest)
+    assert twice.config.to_dict() == pruned.config.to_dict()
+    assert tiny.outputs(twice, inputs).equal(tiny.outputs(pruned, inputs))
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
+@every_family
+def test_it_runs_and_trains_as_the_stock_model_does(family):
+    dense, pruned, _ = dense_and_pruned(family)
+    inputs = tiny.batch(dense)
+    eager = tiny.outputs(pruned, inputs)
+    if dense._supports_sdpa:
+        pruned.set_attn_implementation("sdpa")
+        torch.testing.assert_close(tiny.outputs(pruned, inputs), eager, rtol=1e-3, atol=1e-3)
+    narrow = copy.deepcopy(pruned).to(torch.bfloat16)
+    assert tiny.outputs(narrow, tiny.batch(narrow)).isfinite().all()
+
+    def gradients(model):
+        model.zero_grad()
+        torch.manual_seed(0)
+        tiny.outputs(model.train(), inputs).square().mean().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients(pruned)
+    if dense.supports_gradient_checkpointing:
+        pruned.gradient_checkpointing_enable()
+        checkpointed = gradients(pruned)
+        assert checkpointed.keys() == plain.keys()
+        for name, gradient in plain.items():
+            torch.testing.assert_close(checkpointed[name], gradient)
+    before = {n: p.detach().clone() for n, p in pruned.named_parameters()}
+    torch.optim.SGD(pruned.parameters(), lr=0.1).step()
+    assert any(not p.equal(before[n]) for n, p in pruned.named_parameters())
+
+
+@pytest.mark.parametrize("family", GENERATING)
+def test_the_cache_does_not_change_what_is_generated(family):
+    dense, pruned, _ = dense_and_pruned(family)
+    inputs = tiny.batch(dense)
+    inputs.pop("decoder_input_ids", None)
+    options = {"do_sample": False, "max_new_tokens": 7, "min_new_tokens": 7}
+    without = pruned.generate(**inputs, **options, use_cache=False)
+    assert pruned.generate(**inputs, **options).equal(without)
+    assert pruned.generate(**inputs, **options, num_beams=2).shape == without.shape
+    if dense._can_compile_fullgraph:
+        static = pruned.generate(
+            **inputs, **options, cache_implementation="static", disable_compile=True
+        )
+        assert static.equal(without)
+
+
+STRANGER = """
+import json, sys
+sys.modules["hfprune"] = None  # whoever imports it gets an ImportError
+import torch, transformers
+torch.set_num_threads(1)
+for line in sys.stdin:
+    folder, head = json.loads(line)
+    cls = getattr(transformers, head)
+    model, info = cls.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True, attn_implementation="eager"
+    )
+    inputs, expected = torch.load(folder + "/../probe.pt")
+    with torch.no_grad():
+        same = torch.equal(model.eval()(**inputs)[0], expected)
+    model.save_pretrained(folder + "/../again")
+    keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    odd = {k: sorted(map(str, info[k])) for k in keys}
+    print(json.dumps({"same": same, "odd": odd}), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def stranger(tmp_path_factory):
+    """A process that cannot import hfprune, and loads the folders it is told to."""
+    modules = tmp_path_factory.mktemp("modules")
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-c", STRANGER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=modules,
+        env={"HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    yield process
+    process.stdin.close()
+    process.wait(timeout=30)
+
+
+def load_as(stranger, folder: Path, head: str) -> dict:
+    stranger.stdin.write(json.dumps([str(folder), head]) + "\n")
+    stranger.stdin.flush()
+    answer = stranger.stdout.readline()
+    assert answer, "the process that loads without hfprune died"
+    return json.loads(answer)
+
+
+@every_family
+def test_it_comes_back_in_a_process_without_hfprune(family, stranger, tmp_path):
+    _, pruned, _ = dense_and_pruned(family)
+    folder, head = tmp_path / family.replace("-", "_"), tiny.auto_class(family)
+    pruned.save_pretrained(folder)
+    inputs = tiny.batch(pruned)
+    with torch.no_grad():
+        expected = tiny.outputs(pruned, inputs)
+        torch.save((inputs, expected), tmp_path / "probe.pt")
+        assert tiny.outputs(from_pretrained(folder, attn_implementation="eager"), inputs).equal(
+            expected
+        )
+    answer = load_as(stranger, folder, head)
+    assert answer == {
+        "same": True,
+        "odd": {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []},
+    }
+    first = {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+    again = {p.name: p.read_bytes() for p in sorted((tmp_path / "again").iterdir())}
+    assert first.keys() == again.keys()
+    assert [name for name in first if first[name] != again[name]] == []
+
+
+@every_family
+def test_a_stock_load_raises(family, tmp_path):
+    _, pruned, _ = dense_and_pruned(family)
+    pruned.save_pretrained(tmp_path, verify=False)
+    head = getattr(transformers, tiny.auto_class(family))
+    with pytest.raises((RuntimeError, ValueError, AttributeError)):
+        head.from_pretrained(tmp_path)

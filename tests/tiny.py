@@ -1,0 +1,151 @@
+"""A tiny random model of every family, and a batch that it reads; shared by all tests.
+
+A config is made by overriding sizes by attribute name; `_EXTRAS` holds what a family needs besides.
+"""
+
+import functools
+import random
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from hfprune.structure.anatomy import Anatomy
+
+LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, WIDTH, EXPERTS = 3, 4, 2, 8, 32, 20, 6
+VOCABULARY = 64
+
+_SIZES: dict[str, int] = {
+    **dict.fromkeys(("hidden_size", "d_model", "dim", "n_embd", "word_embed_proj_dim"), HIDDEN),
+    **dict.fromkeys(("embedding_size", "pooler_hidden_size"), HIDDEN),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), LAYERS),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers"), LAYERS),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), HEADS),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), HEADS),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), KV_HEADS),
+    **dict.fromkeys(("head_dim", "d_kv", "query_pre_attn_scalar"), HEAD_DIM),
+    **dict.fromkeys(("intermediate_size", "hidden_dim", "n_inner", "d_ff", "ffn_dim"), WIDTH),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size"), WIDTH),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), WIDTH),
+    **dict.fromkeys(("num_local_experts", "num_experts"), EXPERTS),
+    "num_experts_per_tok": 2,
+    "vocab_size": VOCABULARY,
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_target_positions"), 64),
+    **dict.fromkeys(("image_size", "max_source_positions"), 16),
+    "patch_size": 4,
+    "num_mel_bins": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "sliding_window": 4,
+}
+_TOWERS: dict[str, Any] = {"text_config": _SIZES, "vision_config": _SIZES, "projection_dim": 16}
+_AUDIO: dict[str, Any] = {
+    "conv_dim": (16, 16),
+    "conv_kernel": (10, 3),
+    "conv_stride": (5, 2),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
+    "mask_time_prob": 0.0,
+}
+_EXTRAS: dict[str, dict[str, Any]] = {
+    "clip": _TOWERS,
+    "hubert": _AUDIO,
+    "siglip": _TOWERS,
+    "wav2vec2": _AUDIO,
+}
+GENERATING = ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq", "AutoModelForCausalLM")
+_AUTO_CLASSES = (
+    *GENERATING[:2],
+    "AutoModelForMaskedLM",
+    *GENERATING[2:],
+    "AutoModelForImageClassification",
+    "AutoModelForCTC",
+    "AutoModel",
+)
+
+
+def config(model_type: str) -> PreTrainedConfig:
+    """The tiny config of a family."""
+    cls = CONFIG_MAPPING[model_type]
+    names = cls().to_dict()
+    sizes = {name: value for name, value in _SIZES.items() if name in names}
+    return cls(**sizes | _EXTRAS.get(model_type, {}))
+
+
+def auto_class(model_type: str) -> str:
+    """Name of the auto class that gives a family its most telling task head."""
+    kind = CONFIG_MAPPING[model_type]
+    if {"text_config", "vision_config"} <= kind.sub_configs.keys():
+        return "AutoModel"  # the only one that runs both towers
+    names = (n for n in _AUTO_CLASSES if kind in getattr(transformers, n)._model_mapping)
+    return next(names)
+
+
+def model(
+    model_type: str, head: str | None = None, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A model of a family in eval mode; the same weights at every call.
+
+    Attention is eager, which every family has. Every parameter is random, biases and norms too: a
+    surgery that mixes up their rows must show.
+    """
+    torch.manual_seed(0)
+    cls = getattr(transformers, head or auto_class(model_type))
+    made = cls.from_config(config(model_type), attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in made.parameters():
+            noise = torch.randn_like(parameter) * 0.2
+            parameter.copy_(noise + (parameter.dim() == 1) * 0.5)
+    return made.to(dtype).eval()
+
+
+def batch(model: PreTrainedModel, tokens: int = 9) -> dict[str, torch.Tensor]:
+    """Two examples that the model reads."""
+    generator = torch.Generator().manual_seed(1)
+    integers = functools.partial(torch.randint, 3, VOCABULARY, generator=generator)
+    noise = functools.partial(torch.randn, generator=generator)
+    settings = model.config
+    vision = getattr(settings, "vision_config", settings)
+    inputs: dict[str, torch.Tensor] = {}
+    if model.main_input_name == "input_ids":
+        inputs["input_ids"] = integers((2, tokens))
+        inputs["attention_mask"] = torch.ones(2, tokens, dtype=torch.long)
+    if hasattr(vision, "image_size"):
+        inputs["pixel_values"] = noise(2, 3, vision.image_size, vision.image_size)
+    if model.main_input_name == "input_features":
+        frames = settings.max_source_positions
+        inputs["input_features"] = noise(2, settings.num_mel_bins, 2 * frames)
+    if model.main_input_name == "input_values":
+        inputs["input_values"] = noise(2, 200)
+    if settings.is_encoder_decoder:
+        inputs["decoder_input_ids"] = integers((2, 5))
+    return {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def selection(anatomy: Anatomy, seed: int = 0) -> dict[str, tuple[int, ...]]:
+    """A random, uneven choice of units; attention n of layer n and the FFN of layer 1 lose all."""
+    chance = random.Random(seed)
+    keep = {}
+    for group in anatomy:
+        emptied = group.layer == (1 if group.kind == "neuron" else group.part)
+        per_kv = chance.randint(1, group.heads_per_kv)
+        kept = 0 if emptied else chance.randint(1, group.kv_groups)
+        keep[group.name] = tuple(
+            sorted(
+                kv * group.heads_per_kv + head
+                for kv in chance.sample(range(group.kv_groups), kept)
+                for head in chance.sample(range(group.heads_per_kv), per_kv)
+            )
+        )
+    return keep
+
+
+def outputs(
+    model: PreTrainedModel, inputs: dict[str, torch.Tensor], **options: Any
+) -> torch.Tensor:
+    """What a model says about a batch, as one tensor."""
+    return model(**inputs, **options)[0]
