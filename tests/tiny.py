@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from hfprune.structure.anatomy import Anatomy
 
-LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, WIDTH, EXPERTS = 3, 4, 2, 8, 32, 20, 6
+LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, WIDTH, EXPERTS = 3, 4, 2, 8, 32, 24, 6
 VOCABULARY = 64
 
 _SIZES: dict[str, int] = {
@@ -53,8 +53,19 @@ _AUDIO: dict[str, Any] = {
 }
 _EXTRAS: dict[str, dict[str, Any]] = {
     "clip": _TOWERS,
+    "data2vec-audio": _AUDIO | {"conv_pos_kernel_size": 3, "num_conv_pos_embeddings": 2},
+    "deberta-v2": {
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 4,
+        "share_att_key": False,
+    },
+    "gptj": {"rotary_dim": 4},
     "hubert": _AUDIO,
     "siglip": _TOWERS,
+    **dict.fromkeys(("t5", "mt5", "umt5"), {"decoder_start_token_id": 1}),
+    "unispeech": _AUDIO,
+    "unispeech-sat": _AUDIO,
     "wav2vec2": _AUDIO,
 }
 GENERATING = ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq", "AutoModelForCausalLM")
@@ -81,8 +92,11 @@ def auto_class(model_type: str) -> str:
     kind = CONFIG_MAPPING[model_type]
     if {"text_config", "vision_config"} <= kind.sub_configs.keys():
         return "AutoModel"  # the only one that runs both towers
-    names = (n for n in _AUTO_CLASSES if kind in getattr(transformers, n)._model_mapping)
-    return next(names)
+    for name in _AUTO_CLASSES:
+        mapping = getattr(transformers, name)._model_mapping
+        if kind in mapping and isinstance(mapping[kind], type):
+            return name
+    raise LookupError(f"no auto class for {model_type}")
 
 
 def model(
@@ -90,14 +104,16 @@ def model(
 ) -> PreTrainedModel:
     """A model of a family in eval mode; the same weights at every call.
 
-    Attention is eager, which every family has. Every parameter is random, biases and norms too: a
+    Attention and experts are eager, which every family has. Every trained parameter is random, biases and norms too: a
     surgery that mixes up their rows must show.
     """
     torch.manual_seed(0)
     cls = getattr(transformers, head or auto_class(model_type))
-    made = cls.from_config(config(model_type), attn_implementation="eager")
+    made = cls.from_config(
+        config(model_type), attn_implementation="eager", experts_implementation="eager"
+    )
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in (p for p in made.parameters() if p.requires_grad):
             noise = torch.randn_like(parameter) * 0.2
             parameter.copy_(noise + (parameter.dim() == 1) * 0.5)
     return made.to(dtype).eval()

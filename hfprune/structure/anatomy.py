@@ -105,10 +105,9 @@ class Anatomy:
         for stack_index, stack in enumerate(row.stacks):
             for layer_index, layer in enumerate(base.get_submodule(stack.layers)):
                 layer_params += sum(p.numel() for p in layer.parameters())
-                groups += [
-                    _group(layer, stack, stack_index, layer_index, part)
-                    for part in (*range(len(stack.attentions)), None)
-                ]
+                parts: list[int | None] = [*range(len(stack.attentions))]
+                parts += [None] if stack.ffn else []
+                groups += [_group(layer, stack, stack_index, layer_index, part) for part in parts]
         owned = sum(
             group.units * group.unit_params
             + group.kv_groups * group.kv_params
@@ -245,7 +244,7 @@ def slices(model: PreTrainedModel, group: Group) -> list[Slice]:
     stack = stack_of(model, group)
     layer = layer_of(model, group)
     if group.kind == "neuron":
-        return _neuron_slices(layer, stack.ffn)
+        return _neuron_slices(layer, _ffn(stack))
     return _head_slices(layer, stack.attentions[group.part])
 
 
@@ -274,8 +273,8 @@ def _head_slices(layer: nn.Module, row: Attention) -> list[Slice]:
     else:
         kv = (outputs - heads) // 2
         found += _fused_slices(q, row.layout, heads, kv, dim)
-    found += [Slice(layer.get_submodule(p), 0, _blocks(heads, dim)) for p in row.follow]
-    found += [Slice(layer.get_submodule(p), 0, _blocks(kv, dim), True) for p in row.follow_kv]
+    found += [Slice(module, 0, _blocks(heads, dim)) for module in present(layer, row.follow)]
+    found += [Slice(module, 1, _blocks(heads, 1)) for module in present(layer, (row.bias,))]
     return found
 
 
@@ -304,8 +303,19 @@ def _neuron_slices(layer: nn.Module, row: Ffn) -> list[Slice]:
     if row.fused:
         rows = torch.cat([rows, rows + neurons], dim=1)
     return [Slice(outlet, 1, _blocks(neurons, 1))] + [
-        Slice(layer.get_submodule(path), 0, rows) for path in row.ups
+        Slice(module, 0, rows) for module in present(layer, row.ups)
     ]
+
+
+def present(layer: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
+    """Those of the modules that the layer has."""
+    known = dict(layer.named_modules())
+    return [known[path] for path in paths if path and path in known]
+
+
+def _ffn(stack: Stack) -> Ffn:
+    assert stack.ffn is not None, "only a stack with an FFN has groups of neurons"
+    return stack.ffn
 
 
 def _blocks(count: int, size: int, offset: int = 0) -> torch.Tensor:
@@ -317,7 +327,8 @@ def _group(layer: nn.Module, stack: Stack, stack_index: int, index: int, part: i
     """The group of attention number `part`, or of the FFN if None."""
     prefix = f"{stack.layers}.{index}"
     if part is None:
-        found, at, outlet_path = _neuron_slices(layer, stack.ffn), stack.ffn.down, stack.ffn.down
+        ffn = _ffn(stack)
+        found, at, outlet_path = _neuron_slices(layer, ffn), ffn.down, ffn.down
         columns, inside = 1, []
     else:
         row = stack.attentions[part]

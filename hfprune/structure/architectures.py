@@ -8,28 +8,34 @@ never mentioned: the cut takes a bias along where there is one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from hfprune.errors import HfpruneError, UnsupportedModelError, unknown
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention of a layer: its projections, its outlet and the attributes that count its heads.
+    """One attention of a layer: its projections, its outlet, the attributes that count its heads.
 
     Attributes:
         at: module that runs the attention and holds the counts.
-        q, k, v: query, key and value projections; with a fused layout `q` is the fused matrix and `k`, `v` are "".
+        q, k, v: query, key and value projections; with a fused layout `q` is the fused matrix and
+            `k`, `v` are "".
         o: the outlet, the projection that mixes the heads back into the residual stream.
-        layout: how the output rows lie: "split" in three matrices, "concat" q|k|v blocks of one matrix, "per_head"
-            q,k,v of head 0, then of head 1, "per_group" the query heads, k and v of KV group 0, then of group 1.
+        layout: how the output rows lie: "split" in three matrices, "concat" q|k|v blocks of one
+            matrix, "per_head" q,k,v of head 0, then of head 1, "per_group" the query heads, k and v
+            of KV group 0, then of group 1.
         dim: attribute of `at` with the size of one head.
         heads, kv_heads: attributes of `at` that count query heads and KV groups.
         sizes: attributes of `at` equal to query heads times `dim`.
         groups: attribute of `at` with the number of query heads per KV group.
-        follow, follow_kv: further modules whose output rows go with the query heads or the KV groups.
-        patch: name of the help that the family's forward needs (see `modeling_hfprune.PATCHES`).
+        follow: further modules whose output rows go with the query heads, where they are present.
+        bias: embedding whose columns are the heads' position biases, where it is present.
+        patch: name of the help that the family's forward needs, "" for none (see
+            `modeling_hfprune.PATCHES`).
         context: "self", or "cross" when keys and values come from another stack.
+
+    Of the counting attributes, those that `at` has are set.
     """
 
     at: str
@@ -39,12 +45,12 @@ class Attention:
     v: str = ""
     layout: Literal["split", "concat", "per_head", "per_group"] = "split"
     dim: str = "head_dim"
-    heads: tuple[str, ...] = ()
-    kv_heads: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ("num_attention_heads", "num_heads", "n_heads")
+    kv_heads: tuple[str, ...] = ("num_key_value_heads",)
     sizes: tuple[str, ...] = ()
-    groups: str = ""
+    groups: str = "num_key_value_groups"
     follow: tuple[str, ...] = ()
-    follow_kv: tuple[str, ...] = ()
+    bias: str = ""
     patch: str = ""
     context: Literal["self", "cross"] = "self"
 
@@ -54,16 +60,17 @@ class Ffn:
     """One feed-forward network: the matrices into its neurons and the outlet out of them.
 
     Attributes:
-        ups: projections whose output rows are the neurons (up, and gate where there is one).
+        ups: projections whose output rows are the neurons (up, and gate where there is one); those
+            that the layer has.
         down: the outlet.
         fused: the one matrix of `ups` holds gate and up as two halves of its rows.
-        widths: attributes, written "module:attribute", equal to the number of neurons.
+        width: attribute, written "module:attribute", equal to the number of neurons, where present.
     """
 
     ups: tuple[str, ...]
     down: str
     fused: bool = False
-    widths: tuple[str, ...] = ()
+    width: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,83 +79,230 @@ class Stack:
 
     Attributes:
         layers: path of the ModuleList, relative to `model.base_model`.
-        attentions: the attentions of one layer, in forward order.
-        ffn: the feed-forward network of one layer.
-        depth: config attribute with the number of layers.
+        attentions: the attentions of one layer whose heads are units, in forward order.
+        ffn: the feed-forward network of one layer, None if its neurons are not units.
+        depth: config attribute with the number of layers, after the sub-config's name if it is in one.
     """
 
     layers: str
     attentions: tuple[Attention, ...]
-    ffn: Ffn
+    ffn: Ffn | None
     depth: str = "num_hidden_layers"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A model family: its stacks of layers."""
+    """A model family.
+
+    Attributes:
+        model_type: `config.model_type`.
+        stacks: its lists of layers.
+        unless: config flags that turn the family into something this row does not describe.
+        note: what a user should know about the family, for the table in the README.
+    """
 
     model_type: str
     stacks: tuple[Stack, ...]
+    unless: tuple[str, ...] = ()
+    note: str = ""
 
 
-def _split(at: str, q: str, k: str, v: str, o: str, **rest: object) -> Attention:
-    """An attention whose q, k, v (and maybe o) are children of `at`; `o` starting with "/" is relative to the layer."""
-    outlet = o[1:] if o.startswith("/") else f"{at}.{o}"
-    return Attention(at=at, q=f"{at}.{q}", k=f"{at}.{k}", v=f"{at}.{v}", o=outlet, **rest)  # type: ignore[arg-type]
+def _attention(at: str, names: str, **rest: Any) -> Attention:
+    """An attention from the names of q, k, v and the outlet ("qkv o" where fused) inside of `at`.
 
+    An outlet that starts with "/" is relative to the layer.
+    """
+    *inputs, outlet = names.split()
+    q, k, v = inputs if len(inputs) == 3 else (*inputs, "", "")
+    o = outlet[1:] if outlet.startswith("/") else f"{at}.{outlet}"
+    inside = {key: f"{at}.{name}" for key, name in (("q", q), ("k", k), ("v", v)) if name}
+    return Attention(at=at, o=o, **inside, **rest)
+
+
+_BERT_FFN = Ffn(("intermediate.dense",), "output.dense")
+_FC = Ffn(("fc1",), "fc2")
+_MLP_FC = Ffn(("mlp.fc1",), "mlp.fc2")
+_GATED = Ffn(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", width="mlp:intermediate_size")
+_GATED_FUSED = Ffn(("mlp.gate_up_proj",), "mlp.down_proj", fused=True)
+_4H = Ffn(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h")
+
+_QKV_O = "q_proj k_proj v_proj o_proj"
+_QKV_OUT = "q_proj k_proj v_proj out_proj"
+_BERT_NAMES: dict[str, Any] = {"dim": "attention_head_size", "sizes": ("all_head_size",)}
 
 _BERT = Stack(
-    layers="encoder.layer",
-    attentions=(
-        _split(
-            "attention.self",
-            "query",
-            "key",
-            "value",
-            "/attention.output.dense",
-            dim="attention_head_size",
-            heads=("num_attention_heads",),
-            sizes=("all_head_size",),
-        ),
-    ),
-    ffn=Ffn(("intermediate.dense",), "output.dense"),
+    "encoder.layer",
+    (_attention("attention.self", "query key value /attention.output.dense", **_BERT_NAMES),),
+    _BERT_FFN,
 )
-
 _DISTILBERT = Stack(
-    layers="transformer.layer",
-    attentions=(
-        _split(
-            "attention",
-            "q_lin",
-            "k_lin",
-            "v_lin",
-            "out_lin",
-            dim="attention_head_size",
-            heads=("n_heads",),
-            sizes=("dim",),
+    "transformer.layer",
+    (
+        _attention(
+            "attention", "q_lin k_lin v_lin out_lin", dim="attention_head_size", sizes=("dim",)
         ),
     ),
-    ffn=Ffn(("ffn.lin1",), "ffn.lin2"),
+    Ffn(("ffn.lin1",), "ffn.lin2"),
     depth="n_layers",
 )
-
-_LLAMA_ATTENTION = _split(
-    "self_attn", "q_proj", "k_proj", "v_proj", "o_proj", groups="num_key_value_groups"
+_MPNET = Stack(
+    "encoder.layer",
+    (_attention("attention.attn", "q k v o", patch="slice_bias", **_BERT_NAMES),),
+    _BERT_FFN,
 )
-_LLAMA = Stack(
-    layers="layers",
-    attentions=(_LLAMA_ATTENTION,),
-    ffn=Ffn(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", widths=("mlp:intermediate_size",)),
+_DEBERTA_V2 = Stack(
+    "encoder.layer",
+    (
+        _attention(
+            "attention.self",
+            "query_proj key_proj value_proj /attention.output.dense",
+            follow=("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
+            **_BERT_NAMES,
+        ),
+    ),
+    _BERT_FFN,
+)
+_MODERNBERT = Stack(
+    "layers",
+    (_attention("attn", "Wqkv Wo", layout="concat"),),
+    Ffn(("mlp.Wi",), "mlp.Wo", fused=True),
 )
 
-_FAMILIES: dict[tuple[str, ...], tuple[Stack, ...]] = {
-    ("bert", "roberta"): (_BERT,),
-    ("distilbert",): (_DISTILBERT,),
-    ("llama", "qwen2", "qwen3", "gemma3_text"): (_LLAMA,),
-}
+_LLAMA_ATTENTION = _attention("self_attn", _QKV_O)
+_LLAMA = Stack("layers", (_LLAMA_ATTENTION,), _GATED)
+_GLM = Stack("layers", (_LLAMA_ATTENTION,), _GATED_FUSED)
+_PHI = Stack("layers", (_attention("self_attn", "q_proj k_proj v_proj dense"),), _MLP_FC)
+_PHI3 = Stack(
+    "layers",
+    (_attention("self_attn", "qkv_proj o_proj", layout="concat", patch="config_view"),),
+    _GATED_FUSED,
+)
+_STARCODER2 = Stack("layers", (_LLAMA_ATTENTION,), Ffn(("mlp.c_fc",), "mlp.c_proj"))
+_OLMO2 = Stack("layers", (), _GATED)
+_MOE = Stack("layers", (_LLAMA_ATTENTION,), None)
+_QWEN2_MOE = Stack(
+    "layers",
+    (_LLAMA_ATTENTION,),
+    Ffn(
+        ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+        "mlp.shared_expert.down_proj",
+        width="mlp.shared_expert:intermediate_size",
+    ),
+)
+
+_GPT2 = Stack(
+    "h",
+    (_attention("attn", "c_attn c_proj", layout="concat", sizes=("split_size", "embed_dim")),),
+    Ffn(("mlp.c_fc",), "mlp.c_proj"),
+    depth="n_layer",
+)
+_GPTJ = Stack("h", (_attention("attn", _QKV_OUT),), Ffn(("mlp.fc_in",), "mlp.fc_out"), "n_layer")
+_GPT_NEOX = Stack(
+    "layers",
+    (_attention("attention", "query_key_value dense", layout="per_head", dim="head_size"),),
+    _4H,
+)
+_BLOOM = Stack(
+    "h",
+    (
+        _attention(
+            "self_attention", "query_key_value dense", layout="per_head", patch="slice_alibi"
+        ),
+    ),
+    _4H,
+    depth="n_layer",
+)
+_SELF = _attention("self_attn", _QKV_OUT, sizes=("embed_dim",))
+_CROSS = _attention("encoder_attn", _QKV_OUT, sizes=("embed_dim",), context="cross")
+_OPT = Stack("decoder.layers", (_SELF,), _FC)
+_BIOGPT = Stack("layers", (_SELF,), _FC)
+_BART = (
+    Stack("encoder.layers", (_SELF,), _FC, depth="encoder_layers"),
+    Stack("decoder.layers", (_SELF, _CROSS), _FC, depth="decoder_layers"),
+)
+
+
+def _t5(patch: str, cross_patch: str) -> tuple[Stack, Stack]:
+    own, cross = "layer.0.SelfAttention", "layer.1.EncDecAttention"
+    counts: dict[str, Any] = {"dim": "key_value_proj_dim", "sizes": ("inner_dim",)}
+    bias = f"{own}.relative_attention_bias"
+    attention = _attention(own, "q k v o", bias=bias, patch=patch, **counts)
+    crossed = _attention(cross, "q k v o", context="cross", patch=cross_patch, **counts)
+
+    def ffn(at: str) -> Ffn:
+        return Ffn((f"{at}.wi", f"{at}.wi_0", f"{at}.wi_1"), f"{at}.wo")
+
+    return (
+        Stack("encoder.block", (attention,), ffn("layer.1.DenseReluDense"), "num_layers"),
+        Stack(
+            "decoder.block",
+            (attention, crossed),
+            ffn("layer.2.DenseReluDense"),
+            "num_decoder_layers",
+        ),
+    )
+
+
+_VIT = Stack("layers", (_attention("attention", _QKV_O),), _MLP_FC)
+_DINOV2 = Stack("encoder.layer", _VIT.attentions, _MLP_FC)
+_DATA2VEC_VISION = Stack(
+    "encoder.layer",
+    (_attention("attention.attention", "query key value /attention.output.dense", **_BERT_NAMES),),
+    _BERT_FFN,
+)
+_TOWER = Stack("encoder.layers", (_SELF,), _MLP_FC)
+_CLIP = tuple(
+    Stack(f"{side}_model.encoder.layers", (_SELF,), _MLP_FC, f"{side}_config.num_hidden_layers")
+    for side in ("text", "vision")
+)
+_WAV2VEC2 = Stack(
+    "encoder.layers",
+    (_attention("attention", _QKV_OUT, sizes=("embed_dim",)),),
+    Ffn(("feed_forward.intermediate_dense",), "feed_forward.output_dense"),
+)
+
+_SHARED_NORM = "query and key norms span all heads, so heads are not independent units"
+
+
+def _rows(names: str, *stacks: Stack, unless: str = "", note: str = "") -> dict[str, Row]:
+    return {name: Row(name, stacks, tuple(unless.split()), note) for name in names.split()}
+
 
 ROWS: dict[str, Row] = {
-    name: Row(name, stacks) for names, stacks in _FAMILIES.items() for name in names
+    **_rows("bert roberta camembert xlm-roberta electra ernie data2vec-text", _BERT),
+    **_rows("roberta-prelayernorm xlm-roberta-xl megatron-bert layoutlm", _BERT),
+    **_rows("distilbert", _DISTILBERT),
+    **_rows("mpnet", _MPNET),
+    **_rows("deberta-v2", _DEBERTA_V2),
+    **_rows("modernbert", _MODERNBERT),
+    **_rows("nomic_bert", _LLAMA),
+    **_rows("llama qwen2 qwen3 mistral ministral gemma gemma2 gemma3_text", _LLAMA),
+    **_rows("smollm3 granite helium olmo seed_oss ernie4_5 nemotron arcee exaone4", _LLAMA),
+    **_rows("cohere", _LLAMA, unless="use_qk_norm"),
+    **_rows("cohere2", _LLAMA),
+    **_rows("stablelm", _LLAMA, unless="qk_layernorm"),
+    **_rows("glm glm4", _GLM),
+    **_rows("phi", _PHI),
+    **_rows("phi3", _PHI3),
+    **_rows("starcoder2", _STARCODER2),
+    **_rows("olmo2 olmo3", _OLMO2, note=_SHARED_NORM),
+    **_rows("mixtral qwen3_moe phimoe", _MOE),
+    **_rows("qwen2_moe", _QWEN2_MOE),
+    **_rows("gpt2", _GPT2, unless="add_cross_attention"),
+    **_rows("gptj", _GPTJ),
+    **_rows("gpt_neox", _GPT_NEOX),
+    **_rows("bloom", _BLOOM),
+    **_rows("opt", _OPT),
+    **_rows("biogpt", _BIOGPT),
+    **_rows("bart mbart pegasus marian blenderbot blenderbot-small m2m_100 whisper", *_BART),
+    **_rows("t5 mt5", *_t5("own_bias", "no_bias")),
+    **_rows("umt5", *_t5("", "")),
+    **_rows("vit deit vit_msn ijepa beit", _VIT),
+    **_rows("dinov2 dinov2_with_registers", _DINOV2, unless="use_swiglu_ffn"),
+    **_rows("data2vec-vision", _DATA2VEC_VISION),
+    **_rows("siglip_vision_model clip_text_model clip_vision_model", _TOWER),
+    **_rows("clip siglip", *_CLIP),
+    **_rows("wav2vec2 hubert unispeech unispeech-sat data2vec-audio", _WAV2VEC2),
 }
 
 

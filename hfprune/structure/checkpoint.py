@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,29 +13,69 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from hfprune.errors import CheckpointError
-from hfprune.structure.modeling_hfprune import KEY, VERSION, StructureError, checked, pruned
+from hfprune.structure.modeling_hfprune import (
+    EMPTY,
+    KEY,
+    NOT_STRUCTURE,
+    PATCH,
+    VERSION,
+    ConfigView,
+    StructureError,
+    checked,
+    help_forward,
+    pruned,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_NOT_STRUCTURE = ("training", "gradient_checkpointing", "layer_idx", "in_features", "out_features")
 
+def adopt(model: PreTrainedModel, plan_summary: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """Make a model whose tensors were cut an instance of the pruned class, structure in its config.
 
-def adopt(model: PreTrainedModel) -> PreTrainedModel:
-    """Make a model whose tensors were cut an instance of the pruned class, its structure written in its config."""
-    model.config = copy.deepcopy(model.config)
-    for module in model.modules():  # inner models and layers share the outer config object
-        if getattr(module, "config", None).__class__ is model.config.__class__:
-            module.config = model.config
-    setattr(model.config, KEY, {"version": VERSION, "modules": difference_to_stock(model)})
+    Args:
+        model: the model after surgery.
+        plan_summary: a few plain values about the plan, appended to the config's lineage.
+    """
+    earlier = getattr(model.config, KEY, None) or {}
+    base = earlier.get("base") or _hub_origin(model)
+    lineage = [*earlier.get("lineage", []), *([dict(plan_summary)] if plan_summary else [])]
+    shared, model.config = model.config, copy.deepcopy(model.config)
+    parts = {id(getattr(shared, name)): getattr(model.config, name) for name in shared.sub_configs}
+    parts[id(shared)] = model.config
+    for module in model.modules():  # inner models and layers share the outer config objects
+        config = getattr(module, "config", None)
+        if isinstance(config, ConfigView):
+            vars(config)["config"] = parts.get(id(vars(config)["config"]), vars(config)["config"])
+        elif id(config) in parts:
+            module.config = parts[id(config)]
+    modules = difference_to_stock(model)
+    structure: dict[str, Any] = {"version": VERSION, "modules": modules}
+    structure |= {"base": base} if base else {}
+    structure |= {"lineage": lineage} if lineage else {}
+    setattr(model.config, KEY, structure)
+    for name, part in model.base_model.named_children():  # one tower of a folder loads alone
+        if isinstance(part, PreTrainedModel) and part.config is not model.config:
+            inside = {p[len(name) + 1 :]: e for p, e in modules.items() if p.startswith(f"{name}.")}
+            setattr(part.config, KEY, {"version": VERSION, "modules": inside})
     model.__class__ = pruned(type(model))
     return model
 
 
-def difference_to_stock(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
-    """Where a model differs from the stock model of its config: {module path: {"shapes", "attrs", "empty"}}.
+def _hub_origin(model: PreTrainedModel) -> dict[str, str]:
+    """Id and revision of the Hub model that a model was loaded from, {} if it was not."""
+    revision = getattr(model.config, "_commit_hash", None)
+    name = model.name_or_path
+    if not revision or os.path.isabs(name) or os.path.exists(name):
+        return {}
+    return {"id": name, "revision": revision}
 
-    The stock model is built on the meta device, so this takes no memory and milliseconds.
+
+def difference_to_stock(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """Where a model differs from the stock model of its config: {module path: entry}.
+
+    An entry has "shapes", "attrs", "empty" and "patch", as far as they differ (see
+    `modeling_hfprune`). The stock model is built on the meta device: no memory, milliseconds.
     """
     config = copy.deepcopy(model.config)
     if hasattr(config, KEY):
@@ -44,15 +85,20 @@ def difference_to_stock(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     stock = dict(reference.base_model.named_modules())
     modules: dict[str, dict[str, Any]] = {}
     for path, module in model.base_model.named_modules():
+        entry: dict[str, Any] = {}
+        if PATCH in vars(module):
+            entry["patch"] = vars(module)[PATCH]
+            if EMPTY not in vars(module):
+                with torch.device("meta"):
+                    help_forward(stock[path], **entry["patch"])
+                stock.update({f"{path}.{n}": m for n, m in stock[path].named_modules() if n})
         shapes, attrs = _describe(module)
         stock_shapes, stock_attrs = _describe(stock[path])
-        entry: dict[str, Any] = {
-            "shapes": {k: v for k, v in shapes.items() if stock_shapes.get(k) != v},
-            "attrs": {k: v for k, v in attrs.items() if stock_attrs.get(k) != v},
-        }
+        entry["shapes"] = {k: v for k, v in shapes.items() if stock_shapes.get(k) != v}
+        entry["attrs"] = {k: v for k, v in attrs.items() if stock_attrs.get(k) != v}
         entry = {part: values for part, values in entry.items() if values}
-        if "_hfprune_empty" in vars(module):
-            entry["empty"] = vars(module)["_hfprune_empty"]
+        if EMPTY in vars(module):
+            entry["empty"] = vars(module)[EMPTY]
         if entry:
             modules[path] = entry
     return modules
@@ -63,7 +109,7 @@ def _describe(module: nn.Module) -> tuple[dict[str, list[int]], dict[str, int]]:
     attrs = {
         name: value
         for name, value in vars(module).items()
-        if type(value) is int and name[0] != "_" and name not in _NOT_STRUCTURE
+        if type(value) is int and name[0] != "_" and name not in NOT_STRUCTURE
     }
     return shapes, attrs
 

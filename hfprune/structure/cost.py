@@ -62,8 +62,16 @@ def counted_macs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(**batch)
+    # The counter follows arguments that require grad, and stumbles over parameters among them.
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(**batch)
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
     return counter.get_total_flops() // 2
 
 

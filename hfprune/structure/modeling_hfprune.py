@@ -3,8 +3,8 @@
 This file is copied into every pruned checkpoint, so that `AutoModel...from_pretrained(folder, trust_remote_code=True)`
 works where hfprune is not installed. `config.hfprune` holds the difference to the stock model of the same config:
 
-    {"version": 1, "modules": {path in the base model: {"shapes": {parameter: shape}, "attrs": {name: int},
-     "empty": child that remains}}}
+    {"version": 1, "modules": {path in the base model: {"shapes": {parameter: shape},
+     "attrs": {name: int}, "empty": child that remains, "patch": {"name": ..., "heads": [...]}}}}
 
 All values are absolute and may only shrink what the stock model has; anything else is refused before it is built.
 """
@@ -20,11 +20,14 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.pytorch_utils import Conv1D
 
 KEY = "hfprune"
 VERSION = 1
+EMPTY = "_hfprune_empty"
+NOT_STRUCTURE = ("training", "gradient_checkpointing", "layer_idx", "in_features", "out_features")
+STACKS = ("encoder", "decoder", "text_model", "vision_model")  # a model may have only one of these
 logger = logging.getLogger(__name__)
 
 
@@ -32,31 +35,114 @@ class StructureError(ValueError):
     """The structure in config.json is not one that this version can build."""
 
 
-def no_heads(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-    """Forward of an attention without heads: the outlet's bias where the outlet is inside, else zero columns.
+class ConfigView:
+    """The live config with another head count, for an attention that reads its count there."""
+
+    def __init__(self, config: Any, heads: int) -> None:
+        vars(self).update(config=config, num_attention_heads=heads)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "config" or name.startswith("__"):  # half built while it is copied or unpickled
+            raise AttributeError(name)
+        return getattr(vars(self)["config"], name)
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _clear_bias(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """t5: the bias that layer 0 hands on has its own heads; without it a layer computes one."""
+    return args, {**kwargs, "position_bias": None}
+
+
+def _slice_bias(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """mpnet: the encoder computes one bias (1, heads, tokens, tokens) for the original heads."""
+    return (*args[:2], args[2][:, vars(module)[PATCH]["heads"]], *args[3:]), kwargs
+
+
+def _slice_alibi(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """bloom: the slopes come as (batch * original heads, 1, tokens)."""
+    alibi = kwargs["alibi"].unflatten(0, (args[0].shape[0], -1))
+    return args, {**kwargs, "alibi": alibi[:, vars(module)[PATCH]["heads"]].flatten(0, 1)}
+
+
+PATCH = "_hfprune_patch"
+_HOOKS = {
+    "own_bias": _clear_bias,
+    "no_bias": _clear_bias,
+    "slice_bias": _slice_bias,
+    "slice_alibi": _slice_alibi,
+}
+PATCHES = (*_HOOKS, "config_view")
+"""Help for attentions whose forward takes something that was made for the original heads."""
+
+
+def help_forward(module: nn.Module, name: str, heads: list[int]) -> None:
+    """Apply a patch to an attention that keeps the given ones of the stock model's heads."""
+    known = PATCH in vars(module)
+    vars(module)[PATCH] = {"name": name, "heads": heads}
+    if name == "config_view":
+        config = vars(module.config)["config"] if known else module.config  # type: ignore[arg-type]
+        module.config = ConfigView(config, len(heads))  # type: ignore[assignment]
+        return
+    if name == "own_bias" and not hasattr(module, "relative_attention_bias"):
+        rows = int(module.relative_attention_num_buckets)  # type: ignore[arg-type]
+        module.relative_attention_bias = nn.Embedding(rows, int(module.n_heads))  # type: ignore[arg-type]
+        module.has_relative_attention_bias = True  # type: ignore[assignment]
+    if not known:
+        module.register_forward_pre_hook(_HOOKS[name], with_kwargs=True)
+
+
+def no_heads(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
+    """Forward of an attention without heads: the outlet's bias where the outlet is inside, else 0 columns.
 
     The cache is told how many tokens went by, because layer 0's length is the position of the next token.
     """
     hidden_states = args[0] if args else kwargs["hidden_states"]
-    nothing = hidden_states.new_zeros(*hidden_states.shape[:-1], 0)
+    output = hidden_states.new_zeros(*hidden_states.shape[:-1], 0)
     cache = next((c for c in (*args, *kwargs.values()) if isinstance(c, Cache)), None)
-    if cache is not None:
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    cross = kwargs.get("key_value_states", kwargs.get("encoder_hidden_states")) is not None
+    if cache is not None and not cross:
         batch, tokens = hidden_states.shape[:2]
         placeholder = hidden_states.new_zeros(batch, 1, tokens, 1)
         cache.update(placeholder, placeholder, module.layer_idx)
     outlet = next(iter(module.children()), None)
-    return nothing if outlet is None else outlet(nothing), None
+    if outlet is not None:
+        output = outlet(output)
+    match vars(module).get(PATCH, {}).get("name"):
+        case "own_bias" | "no_bias":  # t5 also returns the bias
+            return output, None, None
+        case "slice_alibi":  # bloom adds the residual itself
+            return output + args[1], None
+    return output, None
 
 
-def empty_attention(module: nn.Module, remains: str) -> None:
-    """Turn an attention into one without heads; of its children only the outlet `remains` (or none, if "")."""
+def empty_attention(module: nn.Module, remains: str, patch: str = "") -> None:
+    """Turn an attention into one without heads.
+
+    Args:
+        module: the attention.
+        remains: the only child that stays, the outlet; "" for none.
+        patch: the family's patch, by which `no_heads` knows what the attention returns.
+    """
     for name in [name for name, _ in module.named_children() if name != remains]:
         delattr(module, name)
     for name in [name for name, _ in module.named_parameters(recurse=False)]:
         delattr(module, name)
-    # functools.partial, unlike a bound method, survives deepcopy and pickle; the class stays the stock one.
+    # functools.partial, unlike a bound method, survives deepcopy and pickle; the class stays stock.
     module.forward = functools.partial(no_heads, module)  # type: ignore[method-assign]
-    vars(module)["_hfprune_empty"] = remains
+    vars(module)[EMPTY] = remains
+    module._forward_pre_hooks.clear()
+    vars(module).pop(PATCH, None)
+    if patch:
+        vars(module)[PATCH] = {"name": patch, "heads": []}
+
+
+def bias_only(module: Conv1D, x: torch.Tensor) -> torch.Tensor:
+    """Forward of a Conv1D without inputs."""
+    return module.bias.expand(*x.shape[:-1], -1)
 
 
 def resize(module: nn.Module) -> None:
@@ -65,6 +151,8 @@ def resize(module: nn.Module) -> None:
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, Conv1D):  # stores (in, out)
         module.nx, module.nf = module.weight.shape
+        if not module.nx:  # its own forward cannot view a tensor without elements
+            module.forward = functools.partial(bias_only, module)  # type: ignore[method-assign]
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = module.weight.shape
 
@@ -76,41 +164,54 @@ def replay(model: PreTrainedModel) -> None:
         StructureError: a newer version, an unknown module, or a value that pruning cannot have produced.
     """
     base = model.base_model
-    modules = dict(base.named_modules())
-    top = {name for name, _ in base.named_children()}
     for path, entry in checked(getattr(model.config, KEY, None)).items():
-        if path not in modules:
-            if path.split(".")[0] in top:
-                raise StructureError(
-                    f"config.{KEY} names {path!r}, which this model does not have."
-                )
-            continue  # a model with one of the stacks only (T5EncoderModel) of a checkpoint that has both
-        module = modules[path]
-        for name, value in entry.get("attrs", {}).items():
-            stock = vars(module).get(name)
-            if type(stock) is not int or value > stock:
-                raise StructureError(f"config.{KEY}: {path}.{name} = {value}, stock has {stock}.")
-            setattr(module, name, value)
-        parameters = dict(module.named_parameters(recurse=False))
-        for name, shape in entry.get("shapes", {}).items():
-            stock_shape = tuple(parameters[name].shape) if name in parameters else None
-            if (
-                stock_shape is None
-                or len(shape) != len(stock_shape)
-                or any(new > old for new, old in zip(shape, stock_shape, strict=True))
-            ):
-                raise StructureError(
-                    f"config.{KEY}: {path}.{name} has shape {shape}, stock has {stock_shape}."
-                )
-            setattr(module, name, nn.Parameter(parameters[name].new_empty(shape)))
-        if "empty" in entry:
-            remains = entry["empty"]
-            if remains and remains not in dict(module.named_children()):
-                raise StructureError(f"config.{KEY}: {path} has no child {remains!r}.")
-            empty_attention(module, remains)
-        resize(module)
-        # The inner base model has run its own initialisation by now; these parameters are new.
-        module._is_hf_initialized = False  # type: ignore[assignment]
+        first = path.split(".")[0]
+        try:
+            module = base.get_submodule(path)
+        except AttributeError as error:
+            if first in STACKS and not hasattr(base, first):
+                continue
+            raise StructureError(
+                f"config.{KEY} names {path!r}, which this model does not have."
+            ) from error
+        _rebuild(module, path, entry)
+
+
+def _rebuild(module: nn.Module, path: str, entry: Mapping[str, Any]) -> None:
+    """Give one module of a stock model what its entry says."""
+    where = f"config.{KEY}: {path}"
+    patch = entry.get("patch", {})
+    if patch and "empty" not in entry:
+        counts = [vars(module).get(n) for n in ("num_attention_heads", "num_heads", "n_heads")]
+        heads = next((n for n in counts if n is not None), None)
+        heads = heads or getattr(getattr(module, "config", None), "num_attention_heads", 0)
+        if patch["heads"] and patch["heads"][-1] >= heads:
+            raise StructureError(f"{where} keeps head {patch['heads'][-1]}, stock has {heads}.")
+        if not hasattr(module, "layer_idx") and patch["name"] != "slice_bias":
+            raise StructureError(f"{where} is no attention, so it takes no patch.")
+        help_forward(module, patch["name"], patch["heads"])
+    for name, value in entry.get("attrs", {}).items():
+        stock = vars(module).get(name)
+        if name in NOT_STRUCTURE or type(stock) is not int or value > stock:
+            raise StructureError(f"{where}.{name} = {value}, stock has {stock}.")
+        setattr(module, name, value)
+    parameters = dict(module.named_parameters(recurse=False))
+    for name, shape in entry.get("shapes", {}).items():
+        stock_shape = tuple(parameters[name].shape) if name in parameters else ()
+        if len(shape) != len(stock_shape) or any(
+            new > old for new, old in zip(shape, stock_shape, strict=True)
+        ):
+            raise StructureError(f"{where}.{name} has shape {shape}, stock has {stock_shape}.")
+        setattr(module, name, nn.Parameter(parameters[name].new_empty(shape)))
+    if "empty" in entry:
+        remains = entry["empty"]
+        if remains and remains not in dict(module.named_children()):
+            raise StructureError(f"{where} has no child {remains!r}.")
+        empty_attention(module, remains, patch.get("name", ""))
+    resize(module)
+    # The inner base model has run its own initialisation by now; these parameters are new. An
+    # emptied attention has none, and its class's initialisation would look for them.
+    module._is_hf_initialized = "empty" in entry  # type: ignore[assignment]
 
 
 def checked(structure: Any) -> dict[str, dict[str, Any]]:
@@ -139,6 +240,8 @@ def checked(structure: Any) -> dict[str, dict[str, Any]]:
         for part, value in entry.items():
             if part == "empty" and isinstance(value, str):
                 continue
+            if part == "patch" and _patch(value):
+                continue
             if part == "attrs" and isinstance(value, Mapping) and all(map(_size, value.values())):
                 continue
             if part == "shapes" and isinstance(value, Mapping) and all(map(_shape, value.values())):
@@ -149,6 +252,13 @@ def checked(structure: Any) -> dict[str, dict[str, Any]]:
 
 def _size(value: Any) -> bool:
     return type(value) is int and value >= 0
+
+
+def _patch(value: Any) -> bool:
+    if not isinstance(value, Mapping) or value.keys() != {"name", "heads"}:
+        return False
+    heads = value["heads"]
+    return value["name"] in PATCHES and _shape(heads) and sorted(set(heads)) == heads
 
 
 def _shape(value: Any) -> bool:
@@ -195,6 +305,8 @@ class Pruned:
             for name, mapping in _auto_mappings().items()
             if type(config) in mapping
         }
+        for name in config.sub_configs:  # as a load sets it, so that a second save is the same
+            getattr(config, name).dtype = self.dtype  # type: ignore[attr-defined]
         here = __name__.rsplit(".", 1)[-1]
         config.auto_map = {
             name: f"{here}.{cls.__name__}" for name, cls in auto.items() if isinstance(cls, type)
@@ -240,15 +352,22 @@ def compare(saved: PreTrainedModel, reloaded: PreTrainedModel) -> None:
 
 
 def probe(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
-    """A small batch of token ids that the model accepts, or None for a model that reads no token ids."""
-    config = model.config.get_text_config()
-    if model.main_input_name != "input_ids" or not hasattr(config, "vocab_size"):
-        return None
+    """A small batch that a model of text or images accepts, or None for one that reads neither."""
+    config, text = model.config, model.config.get_text_config()
+    images = getattr(config, "vision_config", config)
     generator = torch.Generator().manual_seed(0)
-    inputs = {"input_ids": torch.randint(config.vocab_size, (2, 8), generator=generator)}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = inputs["input_ids"]
-    return inputs
+    inputs = {}
+    if model.main_input_name == "input_ids" and hasattr(text, "vocab_size"):
+        inputs["input_ids"] = torch.randint(text.vocab_size, (2, 8), generator=generator)
+        if config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = inputs["input_ids"]
+    if model.main_input_name == "pixel_values" or images is not config:
+        size = getattr(images, "image_size", None)
+        if type(size) is not int:
+            return None
+        shape = (2, getattr(images, "num_channels", 3), size, size)
+        inputs["pixel_values"] = torch.randn(shape, generator=generator).to(model.dtype)
+    return inputs or None
 
 
 @functools.cache

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,13 +14,17 @@ from hfprune.structure.anatomy import Anatomy, Group, Slice, axis_of, layer_of, 
 from hfprune.structure.architectures import Attention
 from hfprune.structure.checkpoint import adopt
 from hfprune.structure.cost import Selection
-from hfprune.structure.modeling_hfprune import empty_attention, resize
+from hfprune.structure.modeling_hfprune import PATCH, empty_attention, help_forward, resize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def cut(model: PreTrainedModel, selection: Selection) -> PreTrainedModel:
+def cut(
+    model: PreTrainedModel,
+    selection: Selection,
+    plan_summary: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
     """Remove, in place, every unit that the selection does not keep, and return the model.
 
     Each kept tensor slice is copied, so the removed memory is free afterwards. The model becomes an instance of the
@@ -29,12 +33,14 @@ def cut(model: PreTrainedModel, selection: Selection) -> PreTrainedModel:
     Args:
         model: a plain transformers model of a known family.
         selection: {group name: kept unit indices}; groups left out keep everything.
+        plan_summary: a few plain values about the plan, appended to the config's lineage.
 
     Raises:
         HfpruneError: the selection names unknown groups or units, or uneven heads in the KV groups of one layer.
     """
     anatomy = Anatomy.of(model)
     check_selection(anatomy, selection)
+    _share_tables(model, anatomy, selection)
     for group in anatomy:
         keep = sorted(selection.get(group.name, range(group.units)))
         if len(keep) < group.units:
@@ -42,21 +48,20 @@ def cut(model: PreTrainedModel, selection: Selection) -> PreTrainedModel:
             _cut_slices(slices(model, group), keep, kv)
             layer, stack = layer_of(model, group), stack_of(model, group)
             if group.kind == "head":
-                row = stack.attentions[group.part]
-                at = layer.get_submodule(row.at)
-                _count_heads(at, row, group, len(keep), len(kv))
-                if not keep:
-                    inside = row.o.startswith(f"{row.at}.")
-                    empty_attention(at, remains=row.o[len(row.at) + 1 :] if inside else "")
-            for path, attribute in (width.split(":") for width in stack.ffn.widths):
-                if group.kind == "neuron":
-                    setattr(layer.get_submodule(path), attribute, len(keep))
-    return adopt(model)
+                _count_heads(layer, stack.attentions[group.part], group, keep, len(kv))
+            elif stack.ffn and stack.ffn.width:
+                path, attribute = stack.ffn.width.split(":")
+                _set_present(layer.get_submodule(path), {attribute: len(keep)})
+    return adopt(model, plan_summary)
 
 
-def copy_and_cut(model: PreTrainedModel, selection: Selection) -> PreTrainedModel:
-    """A pruned copy; the given model stays as it is."""
-    return cut(copy.deepcopy(model), selection)
+def copy_and_cut(
+    model: PreTrainedModel,
+    selection: Selection,
+    plan_summary: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """A pruned copy; the given model stays as it is. See `cut`."""
+    return cut(copy.deepcopy(model), selection, plan_summary)
 
 
 def check_selection(anatomy: Anatomy, selection: Selection) -> None:
@@ -107,11 +112,47 @@ def _cut_slices(found: Sequence[Slice], units: Sequence[int], kv: Sequence[int])
         _take(module, dim, torch.cat(parts).sort().values)
 
 
-def _count_heads(at: nn.Module, row: Attention, group: Group, heads: int, kv: int) -> None:
+def _count_heads(
+    layer: nn.Module, row: Attention, group: Group, keep: Sequence[int], kv: int
+) -> None:
     """Write the new numbers of heads where the forward reads them."""
+    at = layer.get_submodule(row.at)
+    heads = len(keep)
     counts = dict.fromkeys(row.heads, heads) | dict.fromkeys(row.kv_heads, kv)
     counts |= dict.fromkeys(row.sizes, heads * group.columns)
-    if row.groups and kv:
+    if kv:
         counts[row.groups] = heads // kv
-    for name, value in counts.items():
-        setattr(at, name, value)
+    if not heads:
+        _set_present(at, counts)
+        inside = row.o.startswith(f"{row.at}.")
+        empty_attention(at, row.o[len(row.at) + 1 :] if inside else "", row.patch)
+        return
+    if row.patch:
+        before = vars(at)[PATCH]["heads"] if PATCH in vars(at) else range(group.units)
+        help_forward(at, row.patch, [before[unit] for unit in keep])
+    _set_present(at, counts)
+
+
+def _set_present(module: nn.Module, values: Mapping[str, int]) -> None:
+    """Set those of the attributes that a module has."""
+    for name, value in values.items():
+        if name in vars(module):
+            setattr(module, name, value)
+
+
+def _share_tables(model: PreTrainedModel, anatomy: Anatomy, selection: Selection) -> None:
+    """Before layers differ in their heads, give each its own copy of layer 0's bias table (t5)."""
+    changed = {
+        g.stack for g in anatomy if g.kind == "head" and len(selection.get(g.name, ())) < g.units
+    }
+    for group in anatomy:
+        row = stack_of(model, group).attentions[group.part] if group.kind == "head" else None
+        if row is None or row.patch not in ("own_bias", "no_bias") or group.stack not in changed:
+            continue
+        at = layer_of(model, group).get_submodule(row.at)
+        if group.units and PATCH not in vars(at):
+            help_forward(at, row.patch, list(range(group.units)))
+            if row.patch == "own_bias" and group.layer:
+                stack = stack_of(model, group)
+                first = model.base_model.get_submodule(f"{stack.layers}.0.{row.bias}")
+                at.relative_attention_bias = copy.deepcopy(first)
