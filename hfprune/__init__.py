@@ -1,0 +1,89 @@
+"""hfprune: score heads and neurons by gradient, remove them, recover the quality, publish what reloads anywhere."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hfprune.errors import HfpruneError
+    from hfprune.importance.criteria import criterion
+    from hfprune.importance.scoring import Scores, score
+    from hfprune.pipeline import run
+    from hfprune.planning.budget import Budget
+    from hfprune.planning.plan import PruningPlan
+    from hfprune.planning.solve import Constraints, plan
+    from hfprune.pruning import inspect, preview, prune, remove
+    from hfprune.recipe import Recipe
+    from hfprune.recovery.compensation import compensate
+    from hfprune.recovery.distillation import (
+        DistillationArguments,
+        DistillationTrainer,
+        distill,
+    )
+    from hfprune.structure.anatomy import Anatomy
+    from hfprune.structure.architectures import Row, register
+    from hfprune.structure.checkpoint import from_pretrained
+
+__version__ = "0.1.0"
+
+# Imported on first use: torch and transformers take seconds, which `hfprune --help` should not.
+_HOMES = {
+    "Anatomy": "structure.anatomy",
+    "Budget": "planning.budget",
+    "Constraints": "planning.solve",
+    "DistillationArguments": "recovery.distillation",
+    "DistillationTrainer": "recovery.distillation",
+    "HfpruneError": "errors",
+    "PruningPlan": "planning.plan",
+    "Recipe": "recipe",
+    "Row": "structure.architectures",
+    "Scores": "importance.scoring",
+    "compensate": "recovery.compensation",
+    "criterion": "importance.criteria",
+    "distill": "recovery.distillation",
+    "from_pretrained": "structure.checkpoint",
+    "inspect": "pruning",
+    "plan": "planning.solve",
+    "preview": "pruning",
+    "prune": "pruning",
+    "register": "structure.architectures",
+    "remove": "pruning",
+    "run": "pipeline",
+    "score": "importance.scoring",
+}
+
+__all__ = [
+    "Anatomy",
+    "Budget",
+    "Constraints",
+    "DistillationArguments",
+    "DistillationTrainer",
+    "HfpruneError",
+    "PruningPlan",
+    "Recipe",
+    "Row",
+    "Scores",
+    "compensate",
+    "criterion",
+    "distill",
+    "from_pretrained",
+    "inspect",
+    "plan",
+    "preview",
+    "prune",
+    "register",
+    "remove",
+    "run",
+    "score",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hfprune' has no attribute {name!r}")
+    return getattr(import_module(f"hfprune.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -93,11 +93,15 @@ def gate_gradients(model: PreTrainedModel, anatomy: Anatomy, receive: Receiver) 
     with ExitStack() as stack:
         for group in anatomy:
 
-            def watch(module: nn.Module, args: tuple[torch.Tensor, ...], group: Group = group) -> None:
+            def watch(
+                module: nn.Module, args: tuple[torch.Tensor, ...], group: Group = group
+            ) -> None:
                 activation = args[0]
                 if not torch.is_grad_enabled():
                     return
-                if not activation.requires_grad:  # the first outlet: nothing before it has a gradient
+                if (
+                    not activation.requires_grad
+                ):  # the first outlet: nothing before it has a gradient
                     activation.requires_grad_(True)
                 # detach: a hook that held the tensor it hangs on would be a cycle, freed only by the collector.
                 values = activation.detach()

@@ -126,13 +126,17 @@ def score(
         raise DataError("There are no calibration batches; give at least one.")
     evidence = [gathering.evidence(model, group, seed + i) for i, group in enumerate(anatomy)]
     importance = {
-        name: {g.name: function(e).double().cpu() for g, (e, _) in zip(anatomy, evidence, strict=True)}
+        name: {
+            g.name: function(e).double().cpu() for g, (e, _) in zip(anatomy, evidence, strict=True)
+        }
         for name, function in wanted.items()
     }
     agreement = {}
     for name in ("taylor", "fisher"):
         if name in wanted and gathering.examples > 1:
-            halves = [torch.cat([wanted[name](pair[half]) for _, pair in evidence]) for half in (0, 1)]
+            halves = [
+                torch.cat([wanted[name](pair[half]) for _, pair in evidence]) for half in (0, 1)
+            ]
             agreement[name] = rank_correlation(*halves)
     return Scores(
         importance,
@@ -168,12 +172,16 @@ class _Gathering:
 
     def receive(self, group: Group, activation: torch.Tensor, gradient: torch.Tensor) -> None:
         """Add one group's input and gradient, each (batch, tokens, units x columns)."""
-        wide = torch.promote_types(activation.dtype, torch.float32)  # bf16 sums would lose small terms
+        wide = torch.promote_types(
+            activation.dtype, torch.float32
+        )  # bf16 sums would lose small terms
         values = activation.to(wide)
         shape = (*values.shape[:-1], group.units, group.columns)
         product = (values * gradient.to(wide)).reshape(shape).sum(dim=-1)  # (batch, tokens, units)
         per_example = product.sum(dim=1)
-        squares = product.square().sum(dim=1) if is_token_level(self._batch) else per_example.square()
+        squares = (
+            product.square().sum(dim=1) if is_token_level(self._batch) else per_example.square()
+        )
         if not torch.isfinite(squares).all():
             raise DataError(f"The gate gradients of {group.name} are not finite.")
         mask = self._mask(values)

@@ -70,7 +70,15 @@ class PruningPlan:
             )
             lost = f"{self.lost[g.name]:.1%}" if g.name in self.lost else ""
             rows.append(
-                (g.name, f"{units:,}", f"{g.units:,}", f"{g.kind}s", f"{params:.0%}", f"{macs:.0%}", lost)
+                (
+                    g.name,
+                    f"{units:,}",
+                    f"{g.units:,}",
+                    f"{g.kind}s",
+                    f"{params:.0%}",
+                    f"{macs:.0%}",
+                    lost,
+                )
             )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         left = {0, 3}

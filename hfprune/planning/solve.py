@@ -194,7 +194,13 @@ def _options(
         for g, h in zip(kv, per_kv, strict=True)
     ]
     return _Options(
-        group, ranked, sorted_values, kv, per_kv, np.array(cost, dtype=np.int64), values.sum() - kept
+        group,
+        ranked,
+        sorted_values,
+        kv,
+        per_kv,
+        np.array(cost, dtype=np.int64),
+        values.sum() - kept,
     )
 
 
@@ -286,7 +292,9 @@ def _search(
     rest = np.concatenate([np.cumsum([r.min() for r in reduced][::-1])[::-1], [0.0]])
     ceiling = best - slack + price * limit
     cost, loss = np.zeros(1, dtype=np.int64), np.zeros(1)
-    steps: list[tuple[Ints, Ints]] = []  # per group: which earlier state and which option led to a state
+    steps: list[
+        tuple[Ints, Ints]
+    ] = []  # per group: which earlier state and which option led to a state
     for g, (option_cost, option_loss) in enumerate(zip(costs, losses, strict=True)):
         floor_before = float(np.min(loss + price * cost))
         options = np.flatnonzero(floor_before + reduced[g] + rest[g + 1] <= ceiling)

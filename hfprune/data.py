@@ -1,0 +1,144 @@
+"""From files or a Hub dataset to batches: tokenised once, bucketed by length so that padding is not computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hfprune.errors import DataError, unknown
+from hfprune.recipe import Data
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+SPLITS = ("train", "dev", "test")
+
+
+def load_texts(data: Data) -> dict[str, Dataset]:
+    """The three splits as they are on disk or on the Hub.
+
+    Raises:
+        DataError: a split is empty, or lacks a column that the recipe names.
+    """
+    from datasets import load_dataset
+
+    names = {split: getattr(data, split) for split in SPLITS}
+    if data.dataset:
+        loaded = {
+            split: load_dataset(data.dataset, data.config, split=name, revision=data.revision)
+            for split, name in names.items()
+        }
+    else:
+        kinds = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}
+        loaded = {}
+        for split, name in names.items():
+            ending = name.rsplit(".", 1)[-1]
+            if ending not in kinds:
+                raise DataError(unknown("kind of data file", ending, kinds))
+            loaded[split] = load_dataset(kinds[ending], data_files=name, split="train")
+    for split, dataset in loaded.items():
+        if not len(dataset):
+            raise DataError(f"data.{split} ({names[split]}) has no examples.")
+    return loaded
+
+
+def labelled(
+    texts: dict[str, Dataset], tokenizer: PreTrainedTokenizerBase, data: Data
+) -> dict[str, Dataset]:
+    """Tokenised examples for classification: input_ids, attention_mask (and token types) and labels.
+
+    Raises:
+        DataError: a column is missing.
+    """
+    columns = [data.text] + ([data.text_pair] if data.text_pair else [])
+    for split, dataset in texts.items():
+        for column in (*columns, data.label):
+            if column not in dataset.column_names:
+                raise DataError(
+                    f"data.{split}: {unknown('column', column, dataset.column_names)} Name it in `data`."
+                )
+
+    def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        encoded = tokenizer(
+            *(rows[c] for c in columns), truncation=True, max_length=data.max_length
+        )
+        return {**encoded, "labels": rows[data.label]}
+
+    return {
+        split: dataset.map(encode, batched=True, remove_columns=dataset.column_names)
+        for split, dataset in texts.items()
+    }
+
+
+def blocks(
+    texts: dict[str, Dataset], tokenizer: PreTrainedTokenizerBase, data: Data
+) -> dict[str, Dataset]:
+    """Texts joined and cut into blocks of `max_length` tokens, each its own label, for language models.
+
+    Raises:
+        DataError: a column is missing, or a split is shorter than one block.
+    """
+    for split, dataset in texts.items():
+        if data.text not in dataset.column_names:
+            raise DataError(
+                f"data.{split}: {unknown('column', data.text, dataset.column_names)} Name it in `data`."
+            )
+    begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    size = data.max_length - len(begin)
+
+    def join(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        pieces = tokenizer([text + "\n" for text in rows[data.text]], add_special_tokens=False)
+        stream = [token for piece in pieces["input_ids"] for token in piece]
+        cut = [begin + stream[i : i + size] for i in range(0, len(stream) - size + 1, size)]
+        return {"input_ids": cut, "labels": cut, "attention_mask": [[1] * len(c) for c in cut]}
+
+    made = {}
+    for split, dataset in texts.items():
+        made[split] = dataset.map(
+            join, batched=True, batch_size=len(dataset), remove_columns=dataset.column_names
+        )
+        if not len(made[split]):
+            raise DataError(
+                f"data.{split} has fewer than {size} tokens: not one block of max_length."
+            )
+    return made
+
+
+class Batches(Sequence["dict[str, torch.Tensor]"]):
+    """Padded batches of a tokenised dataset, examples of like length together; the same every time it is read.
+
+    Args:
+        dataset: with input_ids and whatever else the model is called with.
+        tokenizer: pads.
+        batch_size: examples per batch.
+        limit: use the first so many examples only.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        limit: int | None = None,
+    ) -> None:
+        from transformers import DataCollatorWithPadding
+
+        if limit is not None and limit < len(dataset):
+            dataset = dataset.select(range(limit))
+        self._dataset = dataset
+        self._collate = DataCollatorWithPadding(tokenizer)
+        lengths = [len(ids) for ids in dataset["input_ids"]]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        self._indices = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        rows = [self._dataset[i] for i in self._indices[index]]
+        return dict(self._collate(rows))
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return (self[i] for i in range(len(self)))

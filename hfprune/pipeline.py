@@ -1,0 +1,526 @@
+"""run(recipe): the whole walk, resumable; every step leaves its artefact in the run's folder.
+
+A step is done when its artefact is there and was made under the same key: a hash of the recipe sections that it and
+the steps before it read. Change the budget and the dense model and its scores are kept; kill a run and the next one
+goes on where it stopped. Artefacts are written under a temporary name and renamed, so there are no half ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hfprune.data import Batches, blocks, labelled, load_texts
+from hfprune.errors import CheckpointError, HfpruneError, RecipeError
+from hfprune.evaluation.evaluate import (
+    Quality,
+    evaluate_classification,
+    evaluate_perplexity,
+    paired_difference,
+)
+from hfprune.evaluation.measure import measure_side_by_side
+from hfprune.importance.criteria import criterion_named
+from hfprune.importance.scoring import Scores, score
+from hfprune.planning.plan import PruningPlan
+from hfprune.planning.solve import Constraints, plan
+from hfprune.publishing.figures import draw_kept, kept_as_text
+from hfprune.publishing.report import Report, Variant
+from hfprune.recipe import Distill, Finetune, Recipe
+from hfprune.recovery.compensation import compensate
+from hfprune.structure.checkpoint import from_pretrained
+from hfprune.structure.cost import counted_macs
+from hfprune.structure.surgery import copy_and_cut
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_KEYS = "steps.json"
+_RECIPE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One arrow of the walk.
+
+    Attributes:
+        name: what is being done, for the person who waits.
+        artefact: file or folder in the run's folder.
+        reads: recipe sections that decide the artefact, besides those of the steps before.
+        make: writes the artefact at the path it is given.
+    """
+
+    name: str
+    artefact: str
+    reads: tuple[str, ...]
+    make: Callable[[Path], None]
+
+
+def run(recipe: Recipe | str | os.PathLike[str], say: Callable[[str], None] = print) -> Report:
+    """Do everything that a recipe asks for, or what is left of it, and return the report.
+
+    Args:
+        recipe: a Recipe or a YAML file.
+        say: where progress goes, line by line.
+
+    Raises:
+        RecipeError: the recipe is wrong, or its output folder holds something else; before anything is loaded.
+        HfpruneError: and its children, as the steps do; what was finished stays.
+    """
+    made = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    made.check()
+    return _Run(made, say).go()
+
+
+class _Run:
+    """The state of one run: its folder, its keys, and lazily loaded data."""
+
+    def __init__(self, recipe: Recipe, say: Callable[[str], None]) -> None:
+        self.recipe = recipe
+        self.folder = Path(recipe.output)
+        self.say = say
+        criterion_named(recipe.score.criterion)
+        if (
+            self.folder.exists()
+            and any(self.folder.iterdir())
+            and not (self.folder / _KEYS).is_file()
+        ):
+            raise RecipeError(
+                f"output: {self.folder} exists and is not the folder of a run; choose another, or remove it."
+            )
+        last = (
+            "distilled"
+            if recipe.distill
+            else "compensated"
+            if recipe.prune.compensate
+            else "pruned"
+        )
+        self.variants = ["dense", "pruned"]
+        if recipe.prune.compensate:
+            self.variants.append("compensated")
+        if recipe.distill:
+            self.variants.append("distilled")
+        self.last = last
+
+    def go(self) -> Report:
+        transformers.set_seed(self.recipe.seed)
+        if self.recipe.measure.threads:
+            torch.set_num_threads(self.recipe.measure.threads)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        key, done = "", self._keys()
+        for step in self._steps():
+            sections = {name: self.recipe.to_dict()[name] for name in step.reads}
+            key = hashlib.sha256(json.dumps([key, step.artefact, sections]).encode()).hexdigest()[
+                :16
+            ]
+            if (
+                done.get(step.artefact, {}).get("key") == key
+                and (self.folder / step.artefact).exists()
+            ):
+                self.say(f"{step.name}: done before")
+                continue
+            self.say(f"{step.name} ...")
+            start = time.perf_counter()
+            self._make(step, key)
+            seconds = time.perf_counter() - start
+            done[step.artefact] = {"key": key, "seconds": round(seconds, 1)}
+            self._write_json(_KEYS, done)
+            self.say(f"{step.name}: {seconds:.1f} s")
+        (self.folder / _RECIPE).write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False))
+        report = Report.from_dict(json.loads((self.folder / "report.json").read_text()))
+        (self.folder / "report.md").write_text(report.markdown())
+        return report
+
+    def _steps(self) -> list[Step]:
+        teach = "Fine-tuning the dense model" if self.recipe.finetune else "Loading the dense model"
+        steps = [
+            Step(
+                teach,
+                "dense",
+                ("model", "revision", "gguf_file", "task", "data", "seed", "finetune"),
+                self.make_dense,
+            ),
+            Step("Scoring heads and neurons", "scores", ("score",), self.make_scores),
+            Step("Planning", "plan.json", ("prune",), self.make_plan),
+            Step("Drawing what stays", "kept.png", (), self.make_picture),
+            Step("Removing", "pruned", (), self.make_pruned),
+        ]
+        if self.recipe.prune.compensate:
+            steps.append(
+                Step("Compensating by least squares", "compensated", (), self.make_compensated)
+            )
+        if self.recipe.distill:
+            steps.append(Step("Distilling", "distilled", ("distill",), self.make_distilled))
+        return [
+            *steps,
+            Step("Reloading in a fresh process", "reloaded.json", (), self.make_reloaded),
+            Step("Evaluating and measuring", "report.json", ("measure",), self.make_report),
+        ]
+
+    def _make(self, step: Step, key: str) -> None:
+        """Write an artefact under a temporary name, then rename it into place."""
+        final = self.folder / step.artefact
+        temporary = self.folder / f".{key}-{step.artefact}"
+        _remove(temporary)
+        try:
+            step.make(temporary)
+        except OSError as error:
+            raise HfpruneError(
+                f"{step.name}: cannot write in {self.folder}: {error.strerror or error}. Finished steps are kept."
+            ) from error
+        _remove(final)
+        temporary.rename(final)
+
+    def _keys(self) -> dict[str, Any]:
+        with suppress(FileNotFoundError):
+            return dict(json.loads((self.folder / _KEYS).read_text()))
+        self._write_json(_KEYS, {})
+        return {}
+
+    def _write_json(self, name: str, values: Any) -> None:
+        temporary = self.folder / f"{name}.tmp"
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
+        temporary.replace(self.folder / name)
+
+    # What the steps share, loaded when first needed.
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        extra = {"gguf_file": self.recipe.gguf_file} if self.recipe.gguf_file else {}
+        tokenizer = AutoTokenizer.from_pretrained(
+            self.recipe.model, revision=self.recipe.revision, **extra
+        )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    @cached_property
+    def splits(self) -> dict[str, Dataset]:
+        texts = load_texts(self.recipe.data)
+        make = blocks if self.recipe.task == "text-generation" else labelled
+        return make(texts, self.tokenizer, self.recipe.data)
+
+    @cached_property
+    def calibration(self) -> list[dict[str, torch.Tensor]]:
+        settings = self.recipe.score
+        shuffled = self.splits["train"].shuffle(seed=self.recipe.seed)
+        return list(Batches(shuffled, self.tokenizer, settings.batch_size, settings.examples))
+
+    @property
+    def scores(self) -> Scores:
+        return Scores.load(self.folder / "scores")
+
+    @cached_property
+    def plan(self) -> PruningPlan:
+        return PruningPlan.load(self.folder / "plan.json")
+
+    def model(self, name: str) -> PreTrainedModel:
+        """A model of this run, in eval mode."""
+        return from_pretrained(self.folder / name)
+
+    def save(self, model: PreTrainedModel, path: Path) -> None:
+        model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+    # The steps.
+
+    def make_dense(self, path: Path) -> None:
+        model = self._load_dense()
+        if self.recipe.finetune:
+            self._finetune(model, self.recipe.finetune)
+        self.save(model, path)
+
+    def _load_dense(self) -> PreTrainedModel:
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+        extra: dict[str, Any] = {"revision": self.recipe.revision}
+        if self.recipe.gguf_file:
+            extra |= {"gguf_file": self.recipe.gguf_file, "dtype": torch.float32}
+        if self.recipe.task == "text-generation":
+            model = AutoModelForCausalLM.from_pretrained(self.recipe.model, **extra)
+        else:
+            if self.recipe.finetune:  # a new task: as many classes as the labels have
+                extra["num_labels"] = len(set(self.splits["train"]["labels"]))
+            model = AutoModelForSequenceClassification.from_pretrained(self.recipe.model, **extra)
+        if self.recipe.gguf_file:
+            # The weights are plain tensors by now; what is left of the GGUF loader only forbids saving.
+            model.hf_quantizer = None
+            model.is_quantized = False
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+        return model.eval()
+
+    def _finetune(self, model: PreTrainedModel, settings: Finetune) -> None:
+        from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+        trainer = Trainer(
+            model,
+            TrainingArguments(**self._training(settings, "finetune-checkpoints")),
+            train_dataset=self.splits["train"],
+            eval_dataset=self.splits["dev"],
+            data_collator=DataCollatorWithPadding(self.tokenizer),
+            compute_metrics=_accuracy,
+        )
+        _train_frozen(model, settings, lambda: trainer.train(resume_from_checkpoint=_last(trainer)))
+        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+
+    def make_scores(self, path: Path) -> None:
+        # The cheap criteria are scored beside the chosen one: it must beat them to be worth its time.
+        names = dict.fromkeys(
+            [self.recipe.score.criterion, "fisher", "taylor", "magnitude", "random"]
+        )
+        scores = score(self.model("dense"), self.calibration, list(names), seed=self.recipe.seed)
+        scores.save(path)
+        agreement = scores.agreement.get(self.recipe.score.criterion)
+        if agreement is not None:
+            self.say(
+                f"  {scores.examples:,} examples of {scores.tokens:.1f} tokens; the two halves of them rank the units "
+                f"alike to {agreement:.2f} (1 is equal)"
+            )
+
+    def make_plan(self, path: Path) -> None:
+        settings = self.recipe.prune
+        made = plan(
+            self.model("dense"),
+            self.scores,
+            settings.budget,
+            self.recipe.score.criterion,
+            Constraints(settings.min_heads, settings.min_neurons, settings.round_to),
+        )
+        made.save(path)
+        self.say(made.explain())
+
+    def make_picture(self, path: Path) -> None:
+        self.say(kept_as_text(self.plan))
+        drawn = path.with_suffix(".tmp.png")  # the ending tells matplotlib the format
+        draw_kept(self.plan, drawn)
+        drawn.rename(path)
+
+    def make_pruned(self, path: Path) -> None:
+        self.save(copy_and_cut(self.model("dense"), self.plan.keep), path)
+
+    def make_compensated(self, path: Path) -> None:
+        refitted = compensate(self.model("dense"), self.model("pruned"), self.calibration)
+        self.save(refitted, path)
+
+    def make_distilled(self, path: Path) -> None:
+        from transformers import DataCollatorWithPadding
+
+        from hfprune.recovery.distillation import DistillationArguments, distill
+
+        settings = self.recipe.distill
+        assert settings is not None
+        student = self.model("compensated" if self.recipe.prune.compensate else "pruned")
+        args = DistillationArguments(
+            **self._training(settings, "distill-checkpoints"),
+            task_weight=settings.task_weight,
+            logits_weight=settings.logits_weight,
+            hidden_weight=settings.hidden_weight,
+            temperature=settings.temperature,
+        )
+        classify = self.recipe.task == "text-classification"
+        _train_frozen(
+            student,
+            settings,
+            lambda: distill(
+                student,
+                self.model("dense"),
+                self.splits["train"],
+                self.splits["dev"],
+                args=args,
+                data_collator=DataCollatorWithPadding(self.tokenizer),
+                compute_metrics=_accuracy if classify else None,
+                resume=True,
+            ),
+        )
+        self.save(student.eval(), path)
+        shutil.rmtree(args.output_dir, ignore_errors=True)
+
+    def _training(self, settings: Finetune | Distill, checkpoints: str) -> dict[str, Any]:
+        """What fine-tuning and distillation share; one checkpoint an epoch, the best by the dev split at the end."""
+        classify = self.recipe.task == "text-classification"
+        stamp = hashlib.sha256(json.dumps(self.recipe.to_dict()).encode()).hexdigest()[:8]
+        return {
+            "output_dir": str(self.folder / f".{checkpoints}-{stamp}"),
+            "num_train_epochs": settings.epochs,
+            "learning_rate": settings.learning_rate,
+            "weight_decay": settings.weight_decay,
+            "warmup_steps": settings.warmup,
+            "per_device_train_batch_size": settings.batch_size,
+            "per_device_eval_batch_size": settings.batch_size,
+            "train_sampling_strategy": "group_by_length",
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "save_total_limit": 2,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "accuracy" if classify else "loss",
+            "logging_steps": 50,
+            "seed": self.recipe.seed,
+            "report_to": "none",
+            "dataloader_pin_memory": False,
+        }
+
+    def make_reloaded(self, path: Path) -> None:
+        """Load the result both ways in processes of their own, and compare logits on a probe batch."""
+        batch = self._probe()
+        model = self.model(self.last)
+        with torch.no_grad():
+            expected = model(**batch).logits
+        inputs, found = path.with_suffix(".pt-inputs"), {}
+        from safetensors.torch import load_file, save_file
+
+        save_file(batch, inputs)
+        try:
+            for way in ("hfprune", "remote-code"):
+                out = path.with_suffix(f".{way}")
+                code = _RELOAD_HFPRUNE if way == "hfprune" else _RELOAD_REMOTE
+                ended = subprocess.run(
+                    [sys.executable, "-c", code, str(self.folder / self.last), str(inputs), str(out),
+                     type(model).__name__],
+                    capture_output=True, text=True, check=False,
+                )  # fmt: skip
+                if ended.returncode:
+                    raise CheckpointError(
+                        f"{self.last} did not reload by {way}: {ended.stderr[-2000:]}"
+                    )
+                got = load_file(out)["logits"]
+                out.unlink()
+                if not torch.allclose(got, expected, rtol=0, atol=1e-5):
+                    raise CheckpointError(f"{self.last} reloaded by {way} gives other logits.")
+                found[way] = float((got - expected).abs().max())
+        finally:
+            inputs.unlink()
+        path.write_text(
+            json.dumps({"model": self.last, "largest_logit_difference": found}, indent=2) + "\n"
+        )
+        self.say(
+            f"  equal logits by hfprune.from_pretrained and by trust_remote_code without hfprune: {found}"
+        )
+
+    def _probe(self) -> dict[str, torch.Tensor]:
+        batch = next(iter(Batches(self.splits["test"], self.tokenizer, 8)))
+        return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+    def make_report(self, path: Path) -> None:
+        models = {name: self.model(name) for name in self.variants}
+        classify = self.recipe.task == "text-classification"
+        test = Batches(self.splits["test"], self.tokenizer, self.recipe.score.batch_size)
+        quality: dict[str, Quality] = {}
+        for name, model in models.items():
+            judge = evaluate_classification if classify else evaluate_perplexity
+            quality[name] = judge(model, test, seed=self.recipe.seed)
+        sizes = self.recipe.measure.batch_sizes
+        sample = self.splits["test"].shuffle(seed=self.recipe.seed)
+        timed = {size: Batches(sample, self.tokenizer, size, size)[0] for size in sizes}
+        measured = measure_side_by_side(
+            models,
+            timed,
+            folders={name: self.folder / name for name in self.variants},
+            repeats=self.recipe.measure.repeats,
+            threads=self.recipe.measure.threads or None,
+        )
+        tokens = self.plan.tokens
+        one = {"input_ids": torch.full((1, tokens), self.tokenizer.pad_token_id or 0)}
+        one["attention_mask"] = torch.ones_like(one["input_ids"])
+        report = Report(
+            variants=tuple(
+                Variant(
+                    name=name,
+                    quality=quality[name],
+                    difference=None
+                    if name == "dense"
+                    else paired_difference(quality["dense"], quality[name], seed=self.recipe.seed),
+                    params=sum(p.numel() for p in models[name].parameters()),
+                    macs=counted_macs(models[name], one),
+                    measured=measured[name],
+                )
+                for name in self.variants
+            ),
+            tokens=tokens,
+            machine={
+                "CPU": platform.processor() or platform.machine(),
+                "threads": str(torch.get_num_threads()),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            seconds={name: entry["seconds"] for name, entry in self._keys().items()},
+        )
+        path.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+
+
+_RELOAD_HFPRUNE = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+import hfprune
+folder, inputs, out, _ = sys.argv[1:]
+with torch.no_grad():
+    logits = hfprune.from_pretrained(folder)(**load_file(inputs)).logits
+save_file({"logits": logits.contiguous()}, out)
+"""
+
+_RELOAD_REMOTE = """
+import sys, torch
+sys.modules["hfprune"] = None  # importing it is an error now
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+folder, inputs, out, name = sys.argv[1:]
+import transformers
+config = AutoConfig.from_pretrained(folder)
+auto = next(a for a, path in config.auto_map.items() if path.endswith("." + name))
+model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    logits = model(**load_file(inputs)).logits
+save_file({"logits": logits.contiguous()}, out)
+"""
+
+
+def _accuracy(prediction: Any) -> dict[str, float]:
+    """Accuracy on the dev split, by which the best checkpoint is chosen."""
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def _train_frozen(
+    model: PreTrainedModel, settings: Finetune | Distill, train: Callable[[], Any]
+) -> None:
+    """Train, with the input embeddings frozen if the settings say so; all weights are trainable again after."""
+    embeddings = model.get_input_embeddings().weight
+    embeddings.requires_grad_(not settings.freeze_embeddings)
+    try:
+        train()
+    finally:
+        embeddings.requires_grad_(True)
+        model.eval()
+
+
+def _last(trainer: transformers.Trainer) -> str | None:
+    """The trainer's newest checkpoint, to go on from."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    output = trainer.args.output_dir
+    return get_last_checkpoint(output) if output and Path(output).is_dir() else None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

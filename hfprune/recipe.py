@@ -1,0 +1,285 @@
+"""A recipe: one dataclass tree is one YAML file is one run. It is checked whole before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hfprune.errors import RecipeError, unknown
+
+Task = Literal["text-classification", "text-generation"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the examples come from.
+
+    Attributes:
+        train, dev, test: a JSON-lines, CSV or Parquet file each; with `dataset`, the name of a split each.
+        dataset: Hub id of a dataset; None for files.
+        config: configuration of the Hub dataset.
+        revision: commit, tag or branch of the Hub dataset.
+        text: column with the text.
+        text_pair: column with the second text of a pair; None for single texts.
+        label: column with the class index; not used for text generation.
+        max_length: tokens per example at most; for text generation, tokens per block.
+    """
+
+    train: str
+    dev: str
+    test: str
+    dataset: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    max_length: int = 128
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """How the dense model learns the task, where it has not yet.
+
+    Attributes:
+        epochs, learning_rate, batch_size, weight_decay: of AdamW with a linear schedule.
+        warmup: share of the steps in which the learning rate rises.
+        freeze_embeddings: leave the embeddings as they are; on a CPU their update costs as much as a small encoder.
+    """
+
+    epochs: float = 3.0
+    learning_rate: float = 5.0e-5
+    batch_size: int = 32
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    freeze_embeddings: bool = True
+
+
+@dataclass(frozen=True)
+class Score:
+    """How importance is measured.
+
+    Attributes:
+        criterion: name in the registry; `random` and `magnitude` are scored beside it.
+        examples: calibration examples (blocks, for text generation) from the training split.
+        batch_size: examples per batch.
+    """
+
+    criterion: str = "fisher"
+    examples: int = 1024
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class Prune:
+    """What may stay.
+
+    Attributes:
+        budget: "macs=50%" or "params=0.6", of the layers.
+        min_heads, min_neurons: that every layer keeps at least.
+        round_to: FFN widths are multiples of this.
+        compensate: refit the outlets by least squares after removal.
+    """
+
+    budget: str = "macs=50%"
+    min_heads: int = 1
+    min_neurons: int = 1
+    round_to: int = 1
+    compensate: bool = True
+
+
+@dataclass(frozen=True)
+class Distill:
+    """How the pruned model learns from the dense one.
+
+    Attributes:
+        epochs, learning_rate, batch_size, weight_decay, warmup: as for fine-tuning.
+        task_weight, logits_weight, hidden_weight: weights of the task loss, the KL on logits and the hidden-state MSE.
+        temperature: of the KL.
+        freeze_embeddings: leave the embeddings as they are.
+    """
+
+    epochs: float = 3.0
+    learning_rate: float = 1.0e-4
+    batch_size: int = 32
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    task_weight: float = 0.5
+    logits_weight: float = 1.0
+    hidden_weight: float = 1.0
+    temperature: float = 2.0
+    freeze_embeddings: bool = True
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is timed.
+
+    Attributes:
+        batch_sizes: batch sizes whose latency is measured.
+        repeats: timed runs of each model, interleaved.
+        threads: CPU threads; 0 leaves torch's default.
+    """
+
+    batch_sizes: tuple[int, ...] = (1, 32)
+    repeats: int = 30
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run.
+
+    Attributes:
+        model: folder or Hub id of the dense model.
+        output: folder of the run; every step leaves its artefact there.
+        data: the examples.
+        task: "text-classification" or "text-generation".
+        revision: commit, tag or branch of the Hub model.
+        gguf_file: GGUF file in the model's folder, for models that come as one.
+        seed: of every random draw.
+        finetune: teach the dense model the task first; None where it knows it.
+        score, prune, measure: the steps' settings.
+        distill: learn from the dense model after removal; None to stop at compensation.
+    """
+
+    model: str
+    output: str
+    data: Data
+    task: Task = "text-classification"
+    revision: str | None = None
+    gguf_file: str | None = None
+    seed: int = 0
+    finetune: Finetune | None = None
+    score: Score = field(default_factory=Score)
+    prune: Prune = field(default_factory=Prune)
+    distill: Distill | None = None
+    measure: Measure = field(default_factory=Measure)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Recipe:
+        """Read and check a YAML file.
+
+        Raises:
+            RecipeError: not there, not YAML, an unknown key (with the nearest), a value of the wrong type or out of
+                range, a budget or criterion that does not exist, or data files that are missing.
+        """
+        import yaml
+
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"Cannot read the recipe {path}: {error.strerror}.") from error
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{path} is not YAML: {error}") from error
+        recipe = Recipe.from_dict(values)
+        recipe.check()
+        return recipe
+
+    @staticmethod
+    def from_dict(values: Any) -> Recipe:
+        """Build a recipe from plain values; see `load`."""
+        return _build(Recipe, values, "recipe")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for YAML."""
+        return dataclasses.asdict(self)
+
+    def check(self) -> None:
+        """What the types cannot say, checked without loading a model.
+
+        Raises:
+            RecipeError: names the field, what it holds and what it may hold.
+        """
+        from hfprune.planning.budget import Budget
+
+        Budget.parse(self.prune.budget)
+        for name, value in self._positive():
+            if value <= 0:
+                raise RecipeError(f"{name} must be more than 0, not {value}.")
+        if not self.data.dataset:
+            for split in ("train", "dev", "test"):
+                file = Path(getattr(self.data, split))
+                if not file.is_file():
+                    raise RecipeError(
+                        f"data.{split}: there is no file {file}. Give a JSON-lines, CSV or Parquet file, or a "
+                        "`dataset` with split names."
+                    )
+        parent = next(
+            p
+            for p in (Path(self.output).absolute(), *Path(self.output).absolute().parents)
+            if p.exists()
+        )
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise RecipeError(f"output: cannot write below {parent}; choose another folder.")
+
+    def _positive(self) -> list[tuple[str, float]]:
+        """Every number of the recipe that makes no sense at 0 or below, by name."""
+        may_be_zero = {
+            "seed", "threads", "weight_decay", "warmup", "min_heads", "min_neurons",
+            "task_weight", "logits_weight", "hidden_weight",
+        }  # fmt: skip
+        found: list[tuple[str, float]] = []
+        for name, part in (
+            ("", self),
+            *((f.name + ".", getattr(self, f.name)) for f in dataclasses.fields(self)),
+        ):
+            if dataclasses.is_dataclass(part):
+                for f in dataclasses.fields(part):
+                    value = getattr(part, f.name)
+                    numbers = value if isinstance(value, tuple) else (value,)
+                    found += [
+                        (name + f.name, n)
+                        for n in numbers
+                        if type(n) in (int, float) and f.name not in may_be_zero
+                    ]
+        return found
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """A value of an annotated type from plain YAML values."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _build(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise RecipeError(f"{where}: {unknown('value', str(value), arguments)}")
+        return value
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else None
+        if not items:
+            raise RecipeError(f"{where} must be a list of {arguments[0].__name__}, not {value!r}.")
+        return tuple(_build(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(items))
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, where)
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 5e-5 as a string
+        except ValueError:
+            pass
+    if type(value) is not kind:
+        raise RecipeError(f"{where} must be of type {kind.__name__}, not {value!r}.")
+    return value
+
+
+def _build_dataclass(kind: Any, values: Any, where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise RecipeError(f"{where} must be a mapping of settings, not {values!r}.")
+    hints = typing.get_type_hints(kind)
+    prefix = "" if where == "recipe" else f"{where}."
+    for key in values:
+        if key not in hints:
+            raise RecipeError(unknown(f"key in {where}", str(key), hints))
+    for f in dataclasses.fields(kind):
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and values.get(f.name) is None:
+            raise RecipeError(f"{prefix}{f.name} is missing: every {where} needs it.")
+    return kind(**{key: _build(hints[key], value, prefix + key) for key, value in values.items()})
