@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hfprune.errors import UnsupportedModelError
-from hfprune.structure.architectures import Attention, Ffn, Stack, row_of
+from hfprune.structure.architectures import Attention, Ffn, Row, Stack, row_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,9 +69,48 @@ class Group:
         """KV groups of an attention; for neurons, the number of neurons."""
         return self.units // self.heads_per_kv
 
+    @property
+    def owned_params(self) -> int:
+        """Parameters of the whole group."""
+        kv_groups = self.kv_groups if self.kind == "head" else 0
+        return (
+            self.units * self.unit_params
+            + kv_groups * self.kv_params
+            + (self.shared_params if self.units else 0)
+            + self.fixed_params
+        )
+
     def kv_of(self, units: Iterable[int]) -> tuple[int, ...]:
         """The KV groups that the given query heads belong to, in order."""
         return tuple(sorted({unit // self.heads_per_kv for unit in units}))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Units that go whole: the layers of a stack, or the routed experts of a layer.
+
+    Attributes:
+        name: path of the ModuleList or of the experts, relative to `model.base_model`; unique.
+        kind: "layer" or "expert".
+        stack: which stack of the family's row.
+        layer: which layer in it; -1 for the layers themselves.
+        unit_params: per unit, what goes with it besides the groups and experts inside.
+        least: how many units must stay.
+        pinned: units that must stay.
+    """
+
+    name: str
+    kind: Literal["layer", "expert"]
+    stack: int
+    layer: int
+    unit_params: tuple[int, ...]
+    least: int = 1
+    pinned: tuple[int, ...] = ()
+
+    @property
+    def units(self) -> int:
+        """How many units there are."""
+        return len(self.unit_params)
 
 
 @dataclass(frozen=True)
@@ -81,14 +120,19 @@ class Anatomy:
     Attributes:
         model_type: the family.
         groups: every prunable group.
-        other_layer_params: parameters of the layers that no group owns (the norms between sub-layers).
+        blocks: its layers and routed experts, which can go whole.
         outside_params: parameters outside the layers (embeddings, heads), tied ones counted once.
     """
 
     model_type: str
     groups: tuple[Group, ...]
-    other_layer_params: int
+    blocks: tuple[Block, ...]
     outside_params: int
+
+    @property
+    def other_layer_params(self) -> int:
+        """Parameters of the layers that no group owns: norms between sub-layers, routed experts."""
+        return sum(sum(block.unit_params) for block in self.blocks)
 
     @staticmethod
     def of(model: PreTrainedModel) -> Anatomy:
@@ -99,24 +143,27 @@ class Anatomy:
         """
         _check_plain(model)
         row = row_of(model.config.model_type)
-        base = model.base_model
+        _check_variant(model, row)
         groups: list[Group] = []
-        layer_params = 0
-        for stack_index, stack in enumerate(row.stacks):
-            for layer_index, layer in enumerate(base.get_submodule(stack.layers)):
-                layer_params += sum(p.numel() for p in layer.parameters())
-                parts: list[int | None] = [*range(len(stack.attentions))]
-                parts += [None] if stack.ffn else []
-                groups += [_group(layer, stack, stack_index, layer_index, part) for part in parts]
-        owned = sum(
-            group.units * group.unit_params
-            + group.kv_groups * group.kv_params
-            + group.shared_params
-            + group.fixed_params
-            for group in groups
-        )
+        blocks: list[Block] = []
         total = sum(p.numel() for p in model.parameters())
-        return Anatomy(row.model_type, tuple(groups), layer_params - owned, total - layer_params)
+        outside = total
+        for number, stack in enumerate(row.stacks):
+            others = []
+            for index, layer in enumerate(model.base_model.get_submodule(stack.layers)):  # type: ignore[arg-type]
+                inside = sum(p.numel() for p in layer.parameters())
+                found = _groups(layer, stack, number, index)
+                experts = _experts(layer, stack, number, index)
+                owned = sum(g.owned_params for g in found)
+                owned += sum(sum(block.unit_params) for block in experts)
+                groups += found
+                blocks += experts
+                others.append(inside - owned)
+                outside -= inside
+            blocks.append(
+                Block(stack.layers, "layer", number, -1, tuple(others), pinned=stack.pinned)
+            )
+        return Anatomy(row.model_type, tuple(groups), tuple(blocks), outside)
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
@@ -150,7 +197,11 @@ class Anatomy:
     def from_dict(values: Mapping[str, Any]) -> Anatomy:
         """The inverse of `to_dict`."""
         groups = tuple(Group(**group) for group in values["groups"])
-        return Anatomy(**{**values, "groups": groups})
+        blocks = tuple(
+            Block(**{k: tuple(v) if isinstance(v, list) else v for k, v in block.items()})
+            for block in values["blocks"]
+        )
+        return Anatomy(values["model_type"], groups, blocks, values["outside_params"])
 
     def __str__(self) -> str:
         from hfprune.structure.cost import anatomy_table
@@ -164,29 +215,84 @@ def stack_of(model: PreTrainedModel, group: Group) -> Stack:
 
 
 def _check_plain(model: PreTrainedModel) -> None:
+    """Refuse, before any change, a model whose tensors are not all there and its own.
+
+    Raises:
+        UnsupportedModelError: says what is in the way and what to do.
+    """
     from transformers import PreTrainedModel
 
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         wrapped = getattr(model, "module", None) or getattr(model, "base_model", None)
         hint = (
-            f"it wraps a {type(wrapped).__name__}: give that one"
-            if isinstance(wrapped, PreTrainedModel)
+            f"it wraps a {type(wrapped).__name__}: give the model inside, merged if it is a PEFT model"
+            if wrapped is not None
             else "load one with AutoModel...from_pretrained"
         )
         raise UnsupportedModelError(f"A {name} is not a transformers model; {hint}.")
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         raise UnsupportedModelError(
-            f"This {name} is quantized: its weights cannot be cut. Load it unquantized, prune, then quantize."
+            f"This {name} is quantized: its weights cannot be cut. Load it unquantized, prune, then "
+            "quantize."
         )
-    if getattr(model, "_hf_peft_config_loaded", False):
+    modules = list(model.modules())
+    if getattr(model, "_hf_peft_config_loaded", False) or any(
+        type(m).__module__.startswith("peft.") for m in modules
+    ):
         raise UnsupportedModelError(
-            f"This {name} has a PEFT adapter active: merge it (merge_and_unload) or disable it, then prune."
+            f"This {name} has PEFT adapters inside: merge them (merge_and_unload), then prune."
+        )
+    if any("FullyShardedDataParallel" in type(m).__name__ for m in modules) or any(
+        type(p).__name__ == "DTensor" for p in model.parameters()
+    ):
+        raise UnsupportedModelError(
+            f"This {name} is sharded by FSDP: prune the whole model first, then wrap it."
         )
     if any(p.is_meta for p in model.parameters()):
         raise UnsupportedModelError(
-            f"This {name} has parameters on the meta device, without values: load its weights, then prune."
+            f"This {name} has parameters on the meta device, without values: load its weights, then "
+            "prune."
         )
+
+
+def _check_variant(model: PreTrainedModel, row: Row) -> None:
+    """Refuse a variant of the family that its row does not describe.
+
+    Raises:
+        UnsupportedModelError: names the flag, the module or the tensors.
+    """
+    name = type(model).__name__
+    flags = [flag for flag in row.unless if getattr(model.config, flag, None)]
+    if flags:
+        raise UnsupportedModelError(
+            f"This {name} has {flags[0]} set; the row for {row.model_type!r} does not cover that."
+        )
+    names: dict[int, list[str]] = {}
+    for path, parameter in model.base_model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(path)
+    for stack in row.stacks:
+        shared = [
+            paths
+            for paths in names.values()
+            if len(paths) > 1 and any(path.startswith(f"{stack.layers}.") for path in paths)
+        ]
+        if shared:
+            raise UnsupportedModelError(
+                f"This {name} shares one tensor between {' and '.join(shared[0])}; cutting one would "
+                "cut the other."
+            )
+        try:
+            layers = model.base_model.get_submodule(stack.layers)
+            for layer in layers.children():
+                for attention in stack.attentions:
+                    layer.get_submodule(attention.o)
+                if stack.ffn is not None and stack.moe is None:
+                    layer.get_submodule(stack.ffn.down)
+        except AttributeError as error:
+            raise UnsupportedModelError(
+                f"This {name} is not built as the row for {row.model_type!r} says: {error}."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -321,6 +427,29 @@ def _ffn(stack: Stack) -> Ffn:
 def _blocks(count: int, size: int, offset: int = 0) -> torch.Tensor:
     """(count, size) indices of consecutive blocks of rows."""
     return torch.arange(offset, offset + count * size).reshape(count, size)
+
+
+def _groups(layer: nn.Module, stack: Stack, number: int, index: int) -> list[Group]:
+    """The groups of one layer, in forward order."""
+    parts: list[int | None] = [*range(len(stack.attentions))]
+    if stack.ffn and present(layer, (stack.ffn.down,)):  # a layer of experts may have none
+        parts.append(None)
+    return [_group(layer, stack, number, index, part) for part in parts]
+
+
+def _experts(layer: nn.Module, stack: Stack, number: int, index: int) -> list[Block]:
+    """The routed experts of one layer, if it has any."""
+    found = present(layer, (stack.moe.router, stack.moe.experts)) if stack.moe else []
+    if len(found) < 2:
+        return []
+    assert stack.moe is not None
+    router, experts = found
+    count = router.weight.shape[0]  # type: ignore[union-attr,index]
+    each = sum(p.numel() for m in (router, experts) for p in m.parameters()) // count  # type: ignore[operator]
+    name = f"{stack.layers}.{index}.{stack.moe.experts}"
+    return [
+        Block(name, "expert", number, index, (each,) * count, least=int(router.top_k))  # type: ignore[operator,arg-type]
+    ]
 
 
 def _group(layer: nn.Module, stack: Stack, stack_index: int, index: int, part: int | None) -> Group:

@@ -74,6 +74,19 @@ class Ffn:
 
 
 @dataclass(frozen=True)
+class Moe:
+    """Routed experts, as transformers holds them in memory: 3-D tensors with one slab per expert.
+
+    Attributes:
+        router: module whose weight has one row per expert, and `top_k`.
+        experts: module whose every parameter has one slab per expert.
+    """
+
+    router: str
+    experts: str
+
+
+@dataclass(frozen=True)
 class Stack:
     """One list of layers.
 
@@ -81,13 +94,18 @@ class Stack:
         layers: path of the ModuleList, relative to `model.base_model`.
         attentions: the attentions of one layer whose heads are units, in forward order.
         ffn: the feed-forward network of one layer, None if its neurons are not units.
-        depth: config attribute with the number of layers, after the sub-config's name if it is in one.
+        depth: config attributes with the number of layers, those that are present; with the name
+            of the sub-config before them if they are in one.
+        moe: the routed experts of a layer, where present.
+        pinned: layers that stay, because they are built unlike the others.
     """
 
     layers: str
     attentions: tuple[Attention, ...]
     ffn: Ffn | None
     depth: str = "num_hidden_layers"
+    moe: Moe | None = None
+    pinned: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,6 +184,7 @@ _MODERNBERT = Stack(
     "layers",
     (_attention("attn", "Wqkv Wo", layout="concat"),),
     Ffn(("mlp.Wi",), "mlp.Wo", fused=True),
+    pinned=(0,),
 )
 
 _LLAMA_ATTENTION = _attention("self_attn", _QKV_O)
@@ -179,7 +198,10 @@ _PHI3 = Stack(
 )
 _STARCODER2 = Stack("layers", (_LLAMA_ATTENTION,), Ffn(("mlp.c_fc",), "mlp.c_proj"))
 _OLMO2 = Stack("layers", (), _GATED)
-_MOE = Stack("layers", (_LLAMA_ATTENTION,), None)
+_EXPERTS = Moe("mlp.gate", "mlp.experts")
+_MOE = Stack("layers", (_LLAMA_ATTENTION,), _GATED, moe=_EXPERTS)
+_OLMOE = Stack("layers", (), None, moe=_EXPERTS)
+_PHIMOE = Stack("layers", (_LLAMA_ATTENTION,), None, moe=Moe("mlp.router", "mlp.experts"))
 _QWEN2_MOE = Stack(
     "layers",
     (_LLAMA_ATTENTION,),
@@ -188,6 +210,7 @@ _QWEN2_MOE = Stack(
         "mlp.shared_expert.down_proj",
         width="mlp.shared_expert:intermediate_size",
     ),
+    moe=_EXPERTS,
 )
 
 _GPT2 = Stack(
@@ -217,7 +240,7 @@ _CROSS = _attention("encoder_attn", _QKV_OUT, sizes=("embed_dim",), context="cro
 _OPT = Stack("decoder.layers", (_SELF,), _FC)
 _BIOGPT = Stack("layers", (_SELF,), _FC)
 _BART = (
-    Stack("encoder.layers", (_SELF,), _FC, depth="encoder_layers"),
+    Stack("encoder.layers", (_SELF,), _FC, depth="encoder_layers num_hidden_layers"),
     Stack("decoder.layers", (_SELF, _CROSS), _FC, depth="decoder_layers"),
 )
 
@@ -286,9 +309,11 @@ ROWS: dict[str, Row] = {
     **_rows("phi3", _PHI3),
     **_rows("starcoder2", _STARCODER2),
     **_rows("olmo2 olmo3", _OLMO2, note=_SHARED_NORM),
-    **_rows("mixtral qwen3_moe phimoe", _MOE),
+    **_rows("mixtral qwen3_moe", _MOE),
+    **_rows("phimoe", _PHIMOE),
+    **_rows("olmoe", _OLMOE, note=_SHARED_NORM),
     **_rows("qwen2_moe", _QWEN2_MOE),
-    **_rows("gpt2", _GPT2, unless="add_cross_attention"),
+    **_rows("gpt2", _GPT2, unless="add_cross_attention scale_attn_by_inverse_layer_idx"),
     **_rows("gptj", _GPTJ),
     **_rows("gpt_neox", _GPT_NEOX),
     **_rows("bloom", _BLOOM),

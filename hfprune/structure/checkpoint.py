@@ -30,6 +30,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+def own_config(model: PreTrainedModel) -> None:
+    """Give a model a config of its own, so that surgery changes no other model's."""
+    shared, model.config = model.config, copy.deepcopy(model.config)
+    parts = {id(getattr(shared, name)): getattr(model.config, name) for name in shared.sub_configs}
+    parts[id(shared)] = model.config
+    for module in model.modules():  # inner models and layers share the outer config objects
+        config = getattr(module, "config", None)
+        if isinstance(config, ConfigView):
+            vars(config)["config"] = parts.get(id(vars(config)["config"]), vars(config)["config"])
+        elif id(config) in parts:
+            module.config = parts[id(config)]
+
+
 def adopt(model: PreTrainedModel, plan_summary: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """Make a model whose tensors were cut an instance of the pruned class, structure in its config.
 
@@ -40,15 +53,6 @@ def adopt(model: PreTrainedModel, plan_summary: Mapping[str, Any] | None = None)
     earlier = getattr(model.config, KEY, None) or {}
     base = earlier.get("base") or _hub_origin(model)
     lineage = [*earlier.get("lineage", []), *([dict(plan_summary)] if plan_summary else [])]
-    shared, model.config = model.config, copy.deepcopy(model.config)
-    parts = {id(getattr(shared, name)): getattr(model.config, name) for name in shared.sub_configs}
-    parts[id(shared)] = model.config
-    for module in model.modules():  # inner models and layers share the outer config objects
-        config = getattr(module, "config", None)
-        if isinstance(config, ConfigView):
-            vars(config)["config"] = parts.get(id(vars(config)["config"]), vars(config)["config"])
-        elif id(config) in parts:
-            module.config = parts[id(config)]
     modules = difference_to_stock(model)
     structure: dict[str, Any] = {"version": VERSION, "modules": modules}
     structure |= {"base": base} if base else {}

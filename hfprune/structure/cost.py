@@ -1,12 +1,12 @@
 """What a structure costs, analytically: parameters and multiply-accumulates (MACs) of the layers.
 
-A `Selection` is {group name: kept unit indices}. Budgets are shares of the layers' cost: embeddings and task heads are
+A `Selection` is {name of a group or block: kept unit indices}; what it leaves out stays whole. Budgets are shares of the layers' cost: embeddings and task heads are
 not for removing, so a share of them would promise what no plan can keep. They are shown beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hfprune.structure.anatomy import Anatomy, Group
@@ -39,18 +39,36 @@ def group_macs(group: Group, units: int, kv_groups: int, tokens: int) -> int:
 
 def layers_params(anatomy: Anatomy, selection: Selection | None = None) -> int:
     """Parameters of the layers that a selection (everything, if None) leaves."""
-    keep = anatomy.everything if selection is None else selection
-    return anatomy.other_layer_params + sum(
-        group_params(g, len(keep[g.name]), _kv_count(g, keep[g.name])) for g in anatomy
+    keep = selection or {}
+    whole = sum(
+        block.unit_params[unit]
+        for block in anatomy.blocks
+        if block.layer in _kept_layers(anatomy, block.stack, keep) or block.kind == "layer"
+        for unit in keep.get(block.name, range(block.units))
+    )
+    return whole + sum(
+        group_params(g, len(units), _kv_count(g, units)) for g, units in _kept(anatomy, keep)
     )
 
 
 def layers_macs(anatomy: Anatomy, tokens: int, selection: Selection | None = None) -> int:
-    """MACs of the layers for one example of `tokens` tokens."""
-    keep = anatomy.everything if selection is None else selection
+    """MACs of the layers' groups for one example of `tokens` tokens."""
     return sum(
-        group_macs(g, len(keep[g.name]), _kv_count(g, keep[g.name]), tokens) for g in anatomy
+        group_macs(g, len(units), _kv_count(g, units), tokens)
+        for g, units in _kept(anatomy, selection or {})
     )
+
+
+def _kept(anatomy: Anatomy, keep: Selection) -> Iterator[tuple[Group, Sequence[int]]]:
+    """The groups of the layers that stay, each with its kept units."""
+    for group in anatomy:
+        if group.layer in _kept_layers(anatomy, group.stack, keep):
+            yield group, keep.get(group.name, range(group.units))
+
+
+def _kept_layers(anatomy: Anatomy, stack: int, keep: Selection) -> Sequence[int]:
+    block = next(b for b in anatomy.blocks if b.kind == "layer" and b.stack == stack)
+    return keep.get(block.name, range(block.units))
 
 
 def _kv_count(group: Group, units: Sequence[int]) -> int:

@@ -10,9 +10,18 @@ import torch
 from torch import nn
 
 from hfprune.errors import HfpruneError
-from hfprune.structure.anatomy import Anatomy, Group, Slice, axis_of, layer_of, slices, stack_of
-from hfprune.structure.architectures import Attention
-from hfprune.structure.checkpoint import adopt
+from hfprune.structure.anatomy import (
+    Anatomy,
+    Block,
+    Group,
+    Slice,
+    axis_of,
+    layer_of,
+    slices,
+    stack_of,
+)
+from hfprune.structure.architectures import Attention, Stack, row_of
+from hfprune.structure.checkpoint import adopt, own_config
 from hfprune.structure.cost import Selection
 from hfprune.structure.modeling_hfprune import PATCH, empty_attention, help_forward, resize
 
@@ -32,7 +41,8 @@ def cut(
 
     Args:
         model: a plain transformers model of a known family.
-        selection: {group name: kept unit indices}; groups left out keep everything.
+        selection: {name of a group or block: kept unit indices}; what is left out stays whole. The
+            units of a stack ("encoder.layer") are its layers.
         plan_summary: a few plain values about the plan, appended to the config's lineage.
 
     Raises:
@@ -40,6 +50,7 @@ def cut(
     """
     anatomy = Anatomy.of(model)
     check_selection(anatomy, selection)
+    own_config(model)
     _share_tables(model, anatomy, selection)
     for group in anatomy:
         keep = sorted(selection.get(group.name, range(group.units)))
@@ -52,6 +63,15 @@ def cut(
             elif stack.ffn and stack.ffn.width:
                 path, attribute = stack.ffn.width.split(":")
                 _set_present(layer.get_submodule(path), {attribute: len(keep)})
+    stacks = row_of(model.config.model_type).stacks
+    for block in anatomy.blocks:
+        keep = sorted(selection.get(block.name, range(block.units)))
+        if len(keep) < block.units and block.kind == "expert":
+            _cut_experts(model, stacks[block.stack], block, keep)
+    for block in anatomy.blocks:
+        keep = sorted(selection.get(block.name, range(block.units)))
+        if len(keep) < block.units and block.kind == "layer":
+            _drop_layers(model, stacks[block.stack], block, keep)
     return adopt(model, plan_summary)
 
 
@@ -70,7 +90,11 @@ def check_selection(anatomy: Anatomy, selection: Selection) -> None:
     Raises:
         HfpruneError: names the group and what is wrong.
     """
+    blocks = {block.name: block for block in anatomy.blocks}
     for name, units in selection.items():
+        if name in blocks:
+            _check_block(blocks[name], units)
+            continue
         if name not in anatomy:
             raise HfpruneError(
                 f"The selection names {name!r}; this model has no such group of units."
@@ -88,6 +112,62 @@ def check_selection(anatomy: Anatomy, selection: Selection) -> None:
                 f"{name}: every kept KV group must keep the same number of query heads, not "
                 f"{sorted(counts.values())}: the attention kernels repeat each key the same number of times."
             )
+
+
+def _check_block(block: Block, units: Sequence[int]) -> None:
+    if len(set(units)) != len(units) or not all(0 <= unit < block.units for unit in units):
+        raise HfpruneError(
+            f"{block.name}: the kept {block.kind}s must be distinct and lie in 0...{block.units - 1}."
+        )
+    if len(units) < block.least or not set(block.pinned) <= set(units):
+        need = f"at least {block.least}" + "".join(f", number {n} among them" for n in block.pinned)
+        raise HfpruneError(
+            f"{block.name}: {need} must stay of its {block.kind}s, not {list(units)}."
+        )
+
+
+def _cut_experts(model: PreTrainedModel, stack: Stack, block: Block, keep: Sequence[int]) -> None:
+    """Keep some of the routed experts of one layer, and their rows in the router."""
+    assert stack.moe is not None, "only a stack with experts has such a block"
+    layer = model.base_model.get_submodule(f"{stack.layers}.{block.layer}")
+    router, experts = (layer.get_submodule(p) for p in (stack.moe.router, stack.moe.experts))
+    around = layer.get_submodule(stack.moe.experts.rpartition(".")[0])
+    for module in (router, experts):
+        _take(module, 0, torch.tensor(keep))
+    for module in (router, experts, around):
+        _set_present(module, {"num_experts": len(keep)})
+
+
+_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+
+
+def _drop_layers(model: PreTrainedModel, stack: Stack, block: Block, keep: Sequence[int]) -> None:
+    """Keep some layers of a stack; number them anew in modules and config."""
+    path, _, name = stack.layers.rpartition(".")
+    layers = list(model.base_model.get_submodule(stack.layers).children())
+    parent = model.base_model.get_submodule(path)
+    setattr(parent, name, nn.ModuleList([layers[old] for old in keep]))
+    for new, old in enumerate(keep):
+        for module in layers[old].modules():
+            if "layer_idx" in vars(module):
+                vars(module)["layer_idx"] = new
+    config = model.config
+    *inside, names = stack.depth.split(".")
+    for part in inside:
+        config = getattr(config, part)
+    for depth in names.split():
+        if hasattr(config, depth):
+            setattr(config, depth, len(keep))
+    _set_present(parent, dict.fromkeys(names.split(), len(keep)))
+    if hasattr(config, "stage_names"):  # vision backbones name their layers
+        config.stage_names = config.stage_names[: len(keep) + 1]
+        config.set_output_features_output_indices(out_features=None, out_indices=None)
+    for listed in _PER_LAYER:
+        values = getattr(config, listed, None)
+        if isinstance(values, list) and len(values) == block.units:
+            setattr(config, listed, [values[old] for old in keep])
+    if getattr(config, "mlp_only_layers", None):
+        config.mlp_only_layers = [keep.index(n) for n in config.mlp_only_layers if n in keep]
 
 
 def _take(module: nn.Module, dim: int, index: torch.Tensor) -> None:
@@ -142,8 +222,16 @@ def _set_present(module: nn.Module, values: Mapping[str, int]) -> None:
 
 def _share_tables(model: PreTrainedModel, anatomy: Anatomy, selection: Selection) -> None:
     """Before layers differ in their heads, give each its own copy of layer 0's bias table (t5)."""
+    everything = anatomy.everything
     changed = {
-        g.stack for g in anatomy if g.kind == "head" and len(selection.get(g.name, ())) < g.units
+        g.stack
+        for g in anatomy
+        if g.kind == "head" and len(selection.get(g.name, everything[g.name])) < g.units
+    }
+    changed |= {
+        b.stack
+        for b in anatomy.blocks
+        if b.kind == "layer" and 0 not in selection.get(b.name, (0,))
     }
     for group in anatomy:
         row = stack_of(model, group).attentions[group.part] if group.kind == "head" else None

@@ -1,0 +1,280 @@
+"""What goes wrong goes wrong by name: hostile structures, unfit models, selections that do not fit."""
+
+import copy
+import json
+
+import pytest
+import tiny
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import CLIPVisionModel
+
+from hfprune.errors import CheckpointError, HfpruneError, UnsupportedModelError
+from hfprune.structure.anatomy import Anatomy
+from hfprune.structure.architectures import ROWS, Row, register
+from hfprune.structure.checkpoint import from_pretrained
+from hfprune.structure.modeling_hfprune import (
+    KEY,
+    PATCHES,
+    StructureError,
+    checked,
+    pruned,
+)
+from hfprune.structure.surgery import copy_and_cut, cut
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+SIZES = st.integers(-3, 40) | st.integers(10**9, 10**30)
+CONFIGS = [tiny.config("bert"), tiny.config("t5")]
+NAMES = sorted(
+    {name for name, _ in tiny.model("bert").base_model.named_modules()}
+    | {name for name, _ in tiny.model("t5").base_model.named_modules()}
+)
+PATHS = st.sampled_from(NAMES) | st.sampled_from(
+    ["..", "a..b", "/etc/passwd", "__class__", "config"]
+)
+ENTRY = st.fixed_dictionaries(
+    {},
+    optional={
+        "shapes": st.dictionaries(
+            st.sampled_from(["weight", "bias", "forward"]), st.lists(SIZES, max_size=3), max_size=2
+        ),
+        "attrs": st.dictionaries(
+            st.sampled_from(["num_attention_heads", "n_heads", "layer_idx", "_modules", "forward"]),
+            SIZES,
+            max_size=2,
+        ),
+        "empty": st.sampled_from(["", "o", "dense", "__class__"]),
+        "patch": st.fixed_dictionaries(
+            {"name": st.sampled_from(PATCHES), "heads": st.lists(SIZES, max_size=3)}
+        ),
+    },
+)
+slowly = settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def build(config, structure):
+    """What a load does before it reads weights, on the meta device, where allocations do not hurt."""
+    config = copy.deepcopy(config)
+    setattr(config, KEY, structure)
+    cls = type(tiny.model(config.model_type))
+    with torch.device("meta"):
+        return pruned(cls)(config)
+
+
+@slowly
+@given(ANYTHING)
+def test_any_value_is_a_structure_or_an_error(value):
+    try:
+        checked(value)
+    except StructureError as error:
+        assert KEY in str(error)
+
+
+@slowly
+@given(
+    st.dictionaries(PATHS, ENTRY | ANYTHING, min_size=1, max_size=3), st.sampled_from([BERT, T5])
+)
+def test_a_hostile_structure_never_grows_a_model(modules, config):
+    stock = sum(p.numel() for p in tiny.model(config.model_type).parameters())
+    tables = 6 * 32 * tiny.HEADS
+    try:
+        model = build(config, {"version": 1, "modules": modules})
+    except StructureError as error:
+        assert KEY in str(error)
+    else:
+        assert sum(p.numel() for p in model.parameters()) <= stock + tables
+
+
+@pytest.mark.parametrize("version", [2, 10**20])
+def test_a_newer_version_is_refused_before_anything_is_built(version, tmp_path):
+    model = copy_and_cut(tiny.model("bert"), {"encoder.layer.0.output.dense": range(5)})
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config[KEY]["version"] = version
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"version .* Upgrade"):
+        from_pretrained(tmp_path)
+
+
+def test_ignoring_mismatched_sizes_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="random weights"):
+        from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+
+
+def test_lineage_and_base_travel_with_the_model(tmp_path):
+    model = tiny.model("bert")
+    model.name_or_path, model.config._commit_hash = "someone/bert", "0123abcd"
+    keep = {"encoder.layer.0.output.dense": range(5)}
+    model = copy_and_cut(model, keep, {"budget": "macs=50%"})
+    model = cut(model, {"encoder.layer.1.output.dense": range(4)}, {"budget": "macs=25%"})
+    model.save_pretrained(tmp_path)
+    structure = getattr(from_pretrained(tmp_path).config, KEY)
+    assert structure["base"] == {"id": "someone/bert", "revision": "0123abcd"}
+    assert structure["lineage"] == [{"budget": "macs=50%"}, {"budget": "macs=25%"}]
+
+
+def test_a_local_base_leaves_no_path_behind(tmp_path):
+    tiny.model("bert").save_pretrained(tmp_path / "dense")
+    model = from_pretrained(tmp_path / "dense")
+    cut(model, {"encoder.layer.0.output.dense": range(5)}).save_pretrained(tmp_path / "pruned")
+    assert str(tmp_path) not in (tmp_path / "pruned" / "config.json").read_text()
+
+
+def test_every_head_loads_from_one_folder(tmp_path):
+    model = copy_and_cut(tiny.model("bert"), tiny.selection(Anatomy.of(tiny.model("bert"))))
+    model.save_pretrained(tmp_path)
+    for head in (
+        "AutoModel",
+        "AutoModelForSequenceClassification",
+        "AutoModelForQuestionAnswering",
+    ):
+        other = from_pretrained(tmp_path, auto_class=getattr(__import__("transformers"), head))
+        assert Anatomy.of(other).groups == Anatomy.of(model).groups
+
+
+def test_one_tower_loads_from_a_folder_of_two(tmp_path):
+    model = tiny.model("clip")
+    model = copy_and_cut(model, tiny.selection(Anatomy.of(model)))
+    model.save_pretrained(tmp_path)
+    tower = pruned(CLIPVisionModel).from_pretrained(tmp_path, attn_implementation="eager")
+    pixels = tiny.batch(model)["pixel_values"]
+    assert tower(pixels)[0].equal(model.vision_model(pixels)[0])
+
+
+def test_half_precision_and_shards_come_back(tmp_path):
+    model = tiny.model("llama")
+    model = copy_and_cut(model, tiny.selection(Anatomy.of(model)))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    again = from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, tensor in model.state_dict().items():
+        assert again.state_dict()[name].equal(tensor.to(torch.bfloat16))
+
+
+class Quantized:
+    """Stands for a quantizer; having one is enough to be refused."""
+
+
+def quantized(model):
+    model.hf_quantizer = Quantized()
+    return model
+
+
+def on_meta(model):
+    return model.to("meta")
+
+
+def adapted(model):
+    return get_peft_model(model, LoraConfig(target_modules=["query"]))
+
+
+def shared(model):
+    first, second = model.bert.encoder.layer[:2]
+    second.output.dense = first.output.dense
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (quantized, "quantized"),
+        (on_meta, "meta device"),
+        (shared, "shares one tensor"),
+        (torch.nn.DataParallel, "wraps a BertForMaskedLM"),
+        (lambda model: get_peft_model(model, LoraConfig(target_modules=["query"])), "PEFT"),
+        (
+            lambda model: (
+                get_peft_model(model, LoraConfig(target_modules=["query"])).base_model.model
+            ),
+            "PEFT",
+        ),
+    ],
+)
+def test_what_would_go_wrong_is_refused_by_name(change, says):
+    with pytest.raises(UnsupportedModelError, match=says):
+        Anatomy.of(change(tiny.model("bert")))
+
+
+def test_an_unknown_family_names_the_nearest_row():
+    config = tiny.config("bert")
+    config.model_type = "bertt"
+    model = tiny.model("bert")
+    model.config = config
+    with pytest.raises(UnsupportedModelError, match=r"Did you mean 'bert'.*register"):
+        Anatomy.of(model)
+
+
+def test_a_variant_outside_its_row_is_refused():
+    model = tiny.model("stablelm")
+    model.config.qk_layernorm = True
+    with pytest.raises(UnsupportedModelError, match="qk_layernorm"):
+        Anatomy.of(model)
+
+
+def test_rows_are_not_replaced():
+    with pytest.raises(HfpruneError, match="already"):
+        register(Row("bert", ROWS["bert"].stacks))
+
+
+def test_a_new_row_serves_a_new_family():
+    register(Row("nicebert", ROWS["bert"].stacks))
+    try:
+        model = tiny.model("bert")
+        model.config.model_type = "nicebert"
+        assert Anatomy.of(model).model_type == "nicebert"
+    finally:
+        del ROWS["nicebert"]
+
+
+@pytest.mark.parametrize(
+    ("selection", "says"),
+    [
+        ({"encoder.layer.9.output.dense": (0,)}, "no such group"),
+        ({"encoder.layer.0.output.dense": (0, 99)}, "must be distinct and lie in"),
+        ({"encoder.layer.0.output.dense": (1, 1)}, "must be distinct"),
+        ({"encoder.layer": ()}, "at least 1 must stay"),
+        ({"encoder.layer": (0, 7)}, "must be distinct and lie in"),
+    ],
+)
+def test_a_selection_that_does_not_fit_changes_nothing(selection, says):
+    model = tiny.model("bert")
+    before = {name: p.shape for name, p in model.named_parameters()}
+    with pytest.raises(HfpruneError, match=says):
+        cut(model, selection)
+    assert {name: p.shape for name, p in model.named_parameters()} == before
+
+
+def test_heads_of_kv_groups_go_evenly_and_experts_stay_enough_for_the_router():
+    with pytest.raises(HfpruneError, match="same number of query heads"):
+        cut(tiny.model("llama"), {"layers.0.self_attn": (0, 1, 2)})
+    with pytest.raises(HfpruneError, match="at least 2 must stay of its experts"):
+        cut(tiny.model("mixtral"), {"layers.0.mlp.experts": (3,)})
+
+
+def test_the_given_model_stays_as_it_is():
+    dense = tiny.model("phi3")
+    inputs = tiny.batch(dense)
+    before = tiny.outputs(dense, inputs)
+    copy_and_cut(dense, tiny.selection(Anatomy.of(dense)))
+    assert tiny.outputs(dense, inputs).equal(before)
+    assert not hasattr(dense.config, KEY)
+
+
+def test_a_pruned_model_can_be_copied_and_its_kernel_changed():
+    for family in ("phi3", "bloom", "t5", "mpnet", "gpt2"):
+        model = tiny.model(family)
+        model = copy_and_cut(model, tiny.selection(Anatomy.of(model)))
+        twin, inputs = copy.deepcopy(model), tiny.batch(model)
+        assert tiny.outputs(twin, inputs).equal(tiny.outputs(model, inputs))
