@@ -51,6 +51,7 @@ _AUDIO: dict[str, Any] = {
     "num_conv_pos_embedding_groups": 2,
     "mask_time_prob": 0.0,
 }
+_STARTED = {"decoder_start_token_id": 1}
 _EXTRAS: dict[str, dict[str, Any]] = {
     "clip": _TOWERS,
     "data2vec-audio": _AUDIO | {"conv_pos_kernel_size": 3, "num_conv_pos_embeddings": 2},
@@ -63,7 +64,9 @@ _EXTRAS: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "hubert": _AUDIO,
     "siglip": _TOWERS,
-    **dict.fromkeys(("t5", "mt5", "umt5"), {"decoder_start_token_id": 1}),
+    "mt5": _STARTED,
+    "t5": _STARTED,
+    "umt5": _STARTED,
     "unispeech": _AUDIO,
     "unispeech-sat": _AUDIO,
     "wav2vec2": _AUDIO,
@@ -104,8 +107,8 @@ def model(
 ) -> PreTrainedModel:
     """A model of a family in eval mode; the same weights at every call.
 
-    Attention and experts are eager, which every family has. Every trained parameter is random, biases and norms too: a
-    surgery that mixes up their rows must show.
+    Attention and experts are eager, which every family has. Every trained parameter is random,
+    biases and norms too: a surgery that mixes up their rows must show.
     """
     torch.manual_seed(0)
     cls = getattr(transformers, head or auto_class(model_type))
