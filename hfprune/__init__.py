@@ -1,4 +1,6 @@
-"""hfprune: score heads and neurons by gradient, remove them, recover the quality, publish what reloads anywhere."""
+"""hfprune: score heads and neurons by gradient, remove them, recover the quality, publish what
+reloads anywhere.
+"""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ def run(recipe: RecipeFile) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     made = Recipe.load(recipe)
     report = run_recipe(made, say=lambda line: console.print(line, markup=False, highlight=False))
+    assert report is not None, "a whole run ends with a report"
     console.print(report.table())
     console.print(report.caption(), markup=False, highlight=False)
     console.print(f"Everything is in {made.output}.", markup=False, highlight=False)
@@ -42,6 +43,58 @@ def inspect(model: Model) -> None:
     from hfprune.structure.checkpoint import from_pretrained
 
     typer.echo(anatomy_of(from_pretrained(model)))
+
+
+@app.command()
+def score(recipe: RecipeFile) -> None:
+    """Score heads and neurons as a recipe says; the scores are in `scores` in its output folder."""
+    from hfprune.pipeline import run as run_recipe
+
+    run_recipe(recipe, say=typer.echo, until="scores")
+
+
+@app.command()
+def plan(
+    model: Model,
+    scores: Annotated[Path, typer.Argument(help="Folder that `hfprune score` wrote.")],
+    budget: Annotated[str, typer.Argument(help="Such as macs=50% or params=0.6.")],
+    output: Annotated[Path, typer.Option(help="Where the plan is written.")] = Path("plan.json"),
+    criterion: Annotated[str, typer.Option(help="By which importance.")] = "fisher",
+    round_to: Annotated[int, typer.Option(help="FFN widths are multiples of this.")] = 1,
+) -> None:
+    """Plan what stays under a budget, and explain it."""
+    from hfprune.importance.scoring import Scores
+    from hfprune.planning.solve import Constraints
+    from hfprune.planning.solve import plan as plan_under
+    from hfprune.structure.checkpoint import from_pretrained
+
+    made = plan_under(
+        from_pretrained(model),
+        Scores.load(scores),
+        budget,
+        criterion,
+        Constraints(round_to=round_to),
+    )
+    made.save(output)
+    typer.echo(f"{made.explain()}\nWritten to {output}.")
+
+
+@app.command()
+def remove(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="A plan that `hfprune plan` wrote.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the smaller model.")],
+) -> None:
+    """Remove what a plan drops, without compensation, and save the smaller model, verified."""
+    from hfprune.errors import HfpruneError
+    from hfprune.planning.plan import PruningPlan
+    from hfprune.pruning import remove as remove_units
+    from hfprune.structure.checkpoint import from_pretrained
+
+    if output.exists():
+        raise HfpruneError(f"{output} exists; choose a folder that does not.")
+    remove_units(from_pretrained(model), PruningPlan.load(plan)).save_pretrained(output)
+    typer.echo(f"The smaller model is in {output}; it was reloaded and compared.")
 
 
 @app.command()

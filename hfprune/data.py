@@ -1,4 +1,6 @@
-"""From files or a Hub dataset to batches: tokenised once, bucketed by length so that padding is not computed."""
+"""From files or a Hub dataset to batches: tokenised once, bucketed by length so that padding is not
+computed.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,7 @@ def load_texts(data: Data) -> dict[str, Dataset]:
 def labelled(
     texts: dict[str, Dataset], tokenizer: PreTrainedTokenizerBase, data: Data
 ) -> dict[str, Dataset]:
-    """Tokenised examples for classification: input_ids, attention_mask (and token types) and labels.
+    """Tokenised examples for classification: input_ids, attention_mask, ... and labels.
 
     Raises:
         DataError: a column is missing.
@@ -57,7 +59,8 @@ def labelled(
         for column in (*columns, data.label):
             if column not in dataset.column_names:
                 raise DataError(
-                    f"data.{split}: {unknown('column', column, dataset.column_names)} Name it in `data`."
+                    f"data.{split}: {unknown('column', column, dataset.column_names)} Name it in"
+                    " `data`."
                 )
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
@@ -75,7 +78,7 @@ def labelled(
 def blocks(
     texts: dict[str, Dataset], tokenizer: PreTrainedTokenizerBase, data: Data
 ) -> dict[str, Dataset]:
-    """Texts joined and cut into blocks of `max_length` tokens, each its own label, for language models.
+    """Texts joined and cut into blocks of `max_length` tokens, each its own label.
 
     Raises:
         DataError: a column is missing, or a split is shorter than one block.
@@ -83,7 +86,8 @@ def blocks(
     for split, dataset in texts.items():
         if data.text not in dataset.column_names:
             raise DataError(
-                f"data.{split}: {unknown('column', data.text, dataset.column_names)} Name it in `data`."
+                f"data.{split}: {unknown('column', data.text, dataset.column_names)} Name it in"
+                " `data`."
             )
     begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     size = data.max_length - len(begin)
@@ -107,7 +111,7 @@ def blocks(
 
 
 class Batches(Sequence["dict[str, torch.Tensor]"]):
-    """Padded batches of a tokenised dataset, examples of like length together; the same every time it is read.
+    """Padded batches of examples of like length; the same every time they are read.
 
     Args:
         dataset: with input_ids and whatever else the model is called with.

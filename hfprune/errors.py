@@ -11,7 +11,7 @@ class HfpruneError(Exception):
 
 
 class UnsupportedModelError(HfpruneError):
-    """The model's family has no row in the table, or the model is in a state that forbids surgery."""
+    """The model's family has no row in the table, or its state forbids surgery."""
 
 
 class BudgetError(HfpruneError, ValueError):

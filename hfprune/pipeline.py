@@ -1,8 +1,9 @@
 """run(recipe): the whole walk, resumable; every step leaves its artefact in the run's folder.
 
-A step is done when its artefact is there and was made under the same key: a hash of the recipe sections that it and
-the steps before it read. Change the budget and the dense model and its scores are kept; kill a run and the next one
-goes on where it stopped. Artefacts are written under a temporary name and renamed, so there are no half ones.
+A step is done when its artefact is there and was made under the same key, a hash of the recipe
+sections that it and the steps before it read. Change the budget and the dense model and its scores
+are kept; kill a run and the next one goes on where it stopped. Artefacts are written under a
+temporary name and renamed, so there are no half ones.
 """
 
 from __future__ import annotations
@@ -72,20 +73,26 @@ class Step:
     make: Callable[[Path], None]
 
 
-def run(recipe: Recipe | str | os.PathLike[str], say: Callable[[str], None] = print) -> Report:
+def run(
+    recipe: Recipe | str | os.PathLike[str],
+    say: Callable[[str], None] = print,
+    until: str | None = None,
+) -> Report | None:
     """Do everything that a recipe asks for, or what is left of it, and return the report.
 
     Args:
         recipe: a Recipe or a YAML file.
         say: where progress goes, line by line.
+        until: the last artefact to make ("scores", "plan.json", ...); None for all, with a report.
 
     Raises:
-        RecipeError: the recipe is wrong, or its output folder holds something else; before anything is loaded.
+        RecipeError: the recipe is wrong, or its output folder holds something else; before anything
+            is loaded.
         HfpruneError: and its children, as the steps do; what was finished stays.
     """
     made = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     made.check()
-    return _Run(made, say).go()
+    return _Run(made, say).go(until)
 
 
 class _Run:
@@ -102,7 +109,8 @@ class _Run:
             and not (self.folder / _KEYS).is_file()
         ):
             raise RecipeError(
-                f"output: {self.folder} exists and is not the folder of a run; choose another, or remove it."
+                f"output: {self.folder} exists and is not the folder of a run; choose another, or"
+                " remove it."
             )
         last = (
             "distilled"
@@ -118,7 +126,7 @@ class _Run:
             self.variants.append("distilled")
         self.last = last
 
-    def go(self) -> Report:
+    def go(self, until: str | None) -> Report | None:
         transformers.set_seed(self.recipe.seed)
         if self.recipe.measure.threads:
             torch.set_num_threads(self.recipe.measure.threads)
@@ -134,14 +142,16 @@ class _Run:
                 and (self.folder / step.artefact).exists()
             ):
                 self.say(f"{step.name}: done before")
-                continue
-            self.say(f"{step.name} ...")
-            start = time.perf_counter()
-            self._make(step, key)
-            seconds = time.perf_counter() - start
-            done[step.artefact] = {"key": key, "seconds": round(seconds, 1)}
-            self._write_json(_KEYS, done)
-            self.say(f"{step.name}: {seconds:.1f} s")
+            else:
+                self.say(f"{step.name} ...")
+                start = time.perf_counter()
+                self._make(step, key)
+                seconds = time.perf_counter() - start
+                done[step.artefact] = {"key": key, "seconds": round(seconds, 1)}
+                self._write_json(_KEYS, done)
+                self.say(f"{step.name}: {seconds:.1f} s")
+            if step.artefact == until:
+                return None
         (self.folder / _RECIPE).write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False))
         report = Report.from_dict(json.loads((self.folder / "report.json").read_text()))
         (self.folder / "report.md").write_text(report.markdown())
@@ -182,7 +192,8 @@ class _Run:
             step.make(temporary)
         except OSError as error:
             raise HfpruneError(
-                f"{step.name}: cannot write in {self.folder}: {error.strerror or error}. Finished steps are kept."
+                f"{step.name}: cannot write in {self.folder}: {error.strerror or error}. Finished"
+                " steps are kept."
             ) from error
         _remove(final)
         temporary.rename(final)
@@ -261,9 +272,9 @@ class _Run:
                 extra["num_labels"] = len(set(self.splits["train"]["labels"]))
             model = AutoModelForSequenceClassification.from_pretrained(self.recipe.model, **extra)
         if self.recipe.gguf_file:
-            # The weights are plain tensors by now; what is left of the GGUF loader only forbids saving.
-            model.hf_quantizer = None
-            model.is_quantized = False
+            # The weights are plain tensors by now; what is left of the GGUF loader only forbids
+            # saving.
+            vars(model).update(hf_quantizer=None, is_quantized=False)
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
         return model.eval()
@@ -271,19 +282,21 @@ class _Run:
     def _finetune(self, model: PreTrainedModel, settings: Finetune) -> None:
         from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
+        training = self._training(settings, "finetune-checkpoints")
         trainer = Trainer(
             model,
-            TrainingArguments(**self._training(settings, "finetune-checkpoints")),
+            TrainingArguments(**training),
             train_dataset=self.splits["train"],
             eval_dataset=self.splits["dev"],
             data_collator=DataCollatorWithPadding(self.tokenizer),
             compute_metrics=_accuracy,
         )
         _train_frozen(model, settings, lambda: trainer.train(resume_from_checkpoint=_last(trainer)))
-        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+        shutil.rmtree(training["output_dir"], ignore_errors=True)
 
     def make_scores(self, path: Path) -> None:
-        # The cheap criteria are scored beside the chosen one: it must beat them to be worth its time.
+        # The cheap criteria are scored beside the chosen one: it must beat them to be worth its
+        # time.
         names = dict.fromkeys(
             [self.recipe.score.criterion, "fisher", "taylor", "magnitude", "random"]
         )
@@ -292,8 +305,8 @@ class _Run:
         agreement = scores.agreement.get(self.recipe.score.criterion)
         if agreement is not None:
             self.say(
-                f"  {scores.examples:,} examples of {scores.tokens:.1f} tokens; the two halves of them rank the units "
-                f"alike to {agreement:.2f} (1 is equal)"
+                f"  {scores.examples:,} examples of {scores.tokens:.1f} tokens; the two halves of"
+                f" them rank the units alike to {agreement:.2f} (1 is equal)"
             )
 
     def make_plan(self, path: Path) -> None:
@@ -329,8 +342,9 @@ class _Run:
         settings = self.recipe.distill
         assert settings is not None
         student = self.model("compensated" if self.recipe.prune.compensate else "pruned")
+        training = self._training(settings, "distill-checkpoints")
         args = DistillationArguments(
-            **self._training(settings, "distill-checkpoints"),
+            **training,
             task_weight=settings.task_weight,
             logits_weight=settings.logits_weight,
             hidden_weight=settings.hidden_weight,
@@ -352,10 +366,12 @@ class _Run:
             ),
         )
         self.save(student.eval(), path)
-        shutil.rmtree(args.output_dir, ignore_errors=True)
+        shutil.rmtree(training["output_dir"], ignore_errors=True)
 
     def _training(self, settings: Finetune | Distill, checkpoints: str) -> dict[str, Any]:
-        """What fine-tuning and distillation share; one checkpoint an epoch, the best by the dev split at the end."""
+        """What fine-tuning and distillation share; one checkpoint an epoch, the best by the dev
+        split at the end.
+        """
         classify = self.recipe.task == "text-classification"
         stamp = hashlib.sha256(json.dumps(self.recipe.to_dict()).encode()).hexdigest()[:8]
         return {
@@ -379,7 +395,7 @@ class _Run:
         }
 
     def make_reloaded(self, path: Path) -> None:
-        """Load the result both ways in processes of their own, and compare logits on a probe batch."""
+        """Load the result both ways in fresh processes, and compare logits on a probe batch."""
         batch = self._probe()
         model = self.model(self.last)
         with torch.no_grad():
@@ -392,11 +408,13 @@ class _Run:
             for way in ("hfprune", "remote-code"):
                 out = path.with_suffix(f".{way}")
                 code = _RELOAD_HFPRUNE if way == "hfprune" else _RELOAD_REMOTE
+                arguments = [self.folder / self.last, inputs, out, type(model).__name__]
                 ended = subprocess.run(
-                    [sys.executable, "-c", code, str(self.folder / self.last), str(inputs), str(out),
-                     type(model).__name__],
-                    capture_output=True, text=True, check=False,
-                )  # fmt: skip
+                    [sys.executable, "-c", code, *map(str, arguments)],
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
                 if ended.returncode:
                     raise CheckpointError(
                         f"{self.last} did not reload by {way}: {ended.stderr[-2000:]}"
@@ -412,7 +430,8 @@ class _Run:
             json.dumps({"model": self.last, "largest_logit_difference": found}, indent=2) + "\n"
         )
         self.say(
-            f"  equal logits by hfprune.from_pretrained and by trust_remote_code without hfprune: {found}"
+            "  equal logits by hfprune.from_pretrained and by trust_remote_code without hfprune:"
+            f" {found}"
         )
 
     def _probe(self) -> dict[str, torch.Tensor]:
@@ -445,9 +464,13 @@ class _Run:
                 Variant(
                     name=name,
                     quality=quality[name],
-                    difference=None
-                    if name == "dense"
-                    else paired_difference(quality["dense"], quality[name], seed=self.recipe.seed),
+                    difference=(
+                        None
+                        if name == "dense"
+                        else paired_difference(
+                            quality["dense"], quality[name], seed=self.recipe.seed
+                        )
+                    ),
                     params=sum(p.numel() for p in models[name].parameters()),
                     macs=counted_macs(models[name], one),
                     measured=measured[name],
@@ -501,7 +524,7 @@ def _accuracy(prediction: Any) -> dict[str, float]:
 def _train_frozen(
     model: PreTrainedModel, settings: Finetune | Distill, train: Callable[[], Any]
 ) -> None:
-    """Train, with the input embeddings frozen if the settings say so; all weights are trainable again after."""
+    """Train, the input embeddings frozen if the settings say so; trainable again after."""
     embeddings = model.get_input_embeddings().weight
     embeddings.requires_grad_(not settings.freeze_embeddings)
     try:

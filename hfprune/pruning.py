@@ -1,4 +1,4 @@
-"""The walk in single calls: inspect, preview, remove, and prune for all of it up to compensation."""
+"""The walk in single calls: inspect, preview, remove, and prune for all up to compensation."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ def inspect(model: PreTrainedModel) -> Anatomy:
     """What a model is made of; prints as a table of layers, kinds, units, parameters and MACs.
 
     Raises:
-        UnsupportedModelError: the family has no row, or the model is not plain (quantized, wrapped, on meta).
+        UnsupportedModelError: the family has no row, or the model is not plain (quantized, wrapped,
+            on meta).
     """
     return Anatomy.of(model)
 
 
 @contextmanager
 def preview(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedModel]:
-    """The model as the plan would leave it, through closed gates: nothing is removed, and it ends with the context.
+    """The model as the plan would leave it, through closed gates: nothing is removed, and it ends
+    with the context.
 
     Raises:
         HfpruneError: the plan is for another model.
@@ -49,8 +51,8 @@ def remove(
     Args:
         model: the model that was planned for.
         plan: from `hfprune.plan`.
-        compensate: calibration batches on which the outlets are refitted by least squares; None to leave the kept
-            weights as they are.
+        compensate: calibration batches on which the outlets are refitted by least squares; None to
+            leave the kept weights as they are.
 
     Raises:
         HfpruneError: the plan is for another model.

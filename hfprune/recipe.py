@@ -1,4 +1,6 @@
-"""A recipe: one dataclass tree is one YAML file is one run. It is checked whole before anything is loaded."""
+"""A recipe: one dataclass tree is one YAML file is one run. It is checked whole before anything is
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ class Data:
     """Where the examples come from.
 
     Attributes:
-        train, dev, test: a JSON-lines, CSV or Parquet file each; with `dataset`, the name of a split each.
+        train, dev, test: a JSON-lines, CSV or Parquet file each; with `dataset`, the name of a
+            split each.
         dataset: Hub id of a dataset; None for files.
         config: configuration of the Hub dataset.
         revision: commit, tag or branch of the Hub dataset.
@@ -50,7 +53,8 @@ class Finetune:
     Attributes:
         epochs, learning_rate, batch_size, weight_decay: of AdamW with a linear schedule.
         warmup: share of the steps in which the learning rate rises.
-        freeze_embeddings: leave the embeddings as they are; on a CPU their update costs as much as a small encoder.
+        freeze_embeddings: leave the embeddings as they are; on a CPU their update costs as much as
+            a small encoder.
     """
 
     epochs: float = 3.0
@@ -100,7 +104,8 @@ class Distill:
 
     Attributes:
         epochs, learning_rate, batch_size, weight_decay, warmup: as for fine-tuning.
-        task_weight, logits_weight, hidden_weight: weights of the task loss, the KL on logits and the hidden-state MSE.
+        task_weight, logits_weight, hidden_weight: weights of the task loss, the KL on logits and
+            the hidden-state MSE.
         temperature: of the KL.
         freeze_embeddings: leave the embeddings as they are.
     """
@@ -167,8 +172,9 @@ class Recipe:
         """Read and check a YAML file.
 
         Raises:
-            RecipeError: not there, not YAML, an unknown key (with the nearest), a value of the wrong type or out of
-                range, a budget or criterion that does not exist, or data files that are missing.
+            RecipeError: not there, not YAML, an unknown key (with the nearest), a value of the
+                wrong type or out of range, a budget or criterion that does not exist, or data files
+                that are missing.
         """
         import yaml
 
@@ -208,8 +214,8 @@ class Recipe:
                 file = Path(getattr(self.data, split))
                 if not file.is_file():
                     raise RecipeError(
-                        f"data.{split}: there is no file {file}. Give a JSON-lines, CSV or Parquet file, or a "
-                        "`dataset` with split names."
+                        f"data.{split}: there is no file {file}. Give a JSON-lines, CSV or Parquet"
+                        " file, or a `dataset` with split names."
                     )
         parent = next(
             p

@@ -1,4 +1,5 @@
-"""Criteria: pure functions from what was observed at a group's outlet to the importance of its units.
+"""Criteria: pure functions from what was observed at a group's outlet to the importance of its
+units.
 
 A new criterion is one function and the line that registers it.
 """
@@ -18,7 +19,8 @@ class Evidence:
     """What one pass over the calibration data showed of one group of units.
 
     Attributes:
-        absolute: (units,) sum over examples of |dL/dg|, the gate gradient of the example's own loss.
+        absolute: (units,) sum over examples of |dL/dg|, the gate gradient of the example's own
+            loss.
         squared: (units,) sum over examples (over tokens, for token-level losses) of (dL/dg)^2.
         inputs: (units, columns) sum over tokens of the squared input of each outlet column.
         outlet: (units, columns) squared L2 norm of the outlet's weights of each column.
@@ -67,16 +69,20 @@ def criterion_named(name: str) -> Criterion:
 
 @criterion
 def taylor(evidence: Evidence) -> torch.Tensor:
-    """Mean absolute first-order change of the loss when the gate closes (Michel et al. 2019, arXiv:1905.10650)."""
+    """Mean absolute change of the loss, to first order, when the gate closes.
+
+    Michel et al. 2019, "Are Sixteen Heads Really Better than One?", arXiv:1905.10650.
+    """
     return evidence.absolute / evidence.examples
 
 
 @criterion
 def fisher(evidence: Evidence) -> torch.Tensor:
-    """Half the mean squared gate gradient: the second-order change of the loss under the empirical Fisher.
+    """Half the mean squared gate gradient: the change of the loss to second order.
 
-    Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", arXiv:2204.09656; per token where the
-    loss is per token, because the gradients of a sequence's tokens are nearly independent and their sum cancels.
+    Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", arXiv:2204.09656;
+    per token where the loss is per token, because the gradients of a sequence's tokens are nearly
+    independent and their sum cancels.
     """
     return evidence.squared / (2 * evidence.examples)
 
@@ -89,7 +95,10 @@ def magnitude(evidence: Evidence) -> torch.Tensor:
 
 @criterion
 def activation(evidence: Evidence) -> torch.Tensor:
-    """Norm of the outlet's weights times the norm of their inputs (Sun et al. 2023, "Wanda", arXiv:2306.11695)."""
+    """Norm of the outlet's weights times the norm of their inputs.
+
+    Sun et al. 2023, "A Simple and Effective Pruning Approach for LLMs" (Wanda), arXiv:2306.11695.
+    """
     return (evidence.inputs * evidence.outlet).sum(dim=1).sqrt()
 
 

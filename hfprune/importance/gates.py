@@ -1,8 +1,9 @@
 """Gates: one factor per unit at its outlet, as hooks that always clean up.
 
-A unit's outlet is the Linear that mixes it back into the residual stream. With a gate g = 1 on the unit's slice of the
-outlet's input a, dL/dg = sum(a * dL/da): no gate needs to exist for its gradient to be read, and no weight needs a
-gradient (Michel et al. 2019, "Are Sixteen Heads Really Better than One?", arXiv:1905.10650).
+A unit's outlet is the Linear that mixes it back into the residual stream. With a gate g = 1 on the
+unit's slice of the outlet's input a, dL/dg = sum(a * dL/da): no gate needs to exist for its
+gradient to be read, and no weight needs a gradient (Michel et al. 2019, "Are Sixteen Heads Really
+Better than One?", arXiv:1905.10650).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from transformers import PreTrainedModel
 from hfprune.structure.anatomy import Anatomy, Group
 from hfprune.structure.cost import Selection
 
-# Called with a group, its outlet's input (batch, tokens, units x columns) and the loss's gradient of the same shape.
+# Called with a group, its outlet's input (batch, tokens, units x columns) and the loss's gradient
+# of the same shape.
 Receiver = Callable[[Group, torch.Tensor, torch.Tensor], None]
 
 
@@ -32,7 +34,8 @@ def gated(model: PreTrainedModel, gates: Mapping[str, torch.Tensor]) -> Iterator
 
     Args:
         model: any model with a row in the table.
-        gates: {group name: (units,) factors}; a gate may require grad. Groups left out are not touched.
+        gates: {group name: (units,) factors}; a gate may require grad. Groups left out are not
+            touched.
     """
     anatomy = Anatomy.of(model)
     with ExitStack() as stack:
@@ -55,7 +58,7 @@ def gated(model: PreTrainedModel, gates: Mapping[str, torch.Tensor]) -> Iterator
 
 @contextmanager
 def masked(model: PreTrainedModel, selection: Selection) -> Iterator[None]:
-    """Close the gates of every unit that a selection does not keep: the pruned model, without removing anything."""
+    """Close the gates of all units that a selection drops: the pruned model, nothing removed."""
     gates = {}
     for group in Anatomy.of(model):
         if group.name in selection:
@@ -85,10 +88,10 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def gate_gradients(model: PreTrainedModel, anatomy: Anatomy, receive: Receiver) -> Iterator[None]:
-    """Report every outlet's input and its gradient during each backward pass while the context is open.
+    """Report every outlet's input and its gradient in each backward pass of the context.
 
-    The model's weights should be frozen (see `frozen`): then the graph begins at the first outlet, and the backward
-    pass computes gradients of activations only.
+    The model's weights should be frozen (see `frozen`): then the graph begins at the first outlet,
+    and the backward pass computes gradients of activations only.
     """
     with ExitStack() as stack:
         for group in anatomy:
@@ -103,7 +106,8 @@ def gate_gradients(model: PreTrainedModel, anatomy: Anatomy, receive: Receiver) 
                     not activation.requires_grad
                 ):  # the first outlet: nothing before it has a gradient
                     activation.requires_grad_(True)
-                # detach: a hook that held the tensor it hangs on would be a cycle, freed only by the collector.
+                # detach: a hook that held the tensor it hangs on would be a cycle, freed only by
+                # the collector.
                 values = activation.detach()
                 activation.register_hook(lambda gradient: receive(group, values, gradient))
 

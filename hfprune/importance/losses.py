@@ -1,6 +1,7 @@
 """The loss whose gradient is importance, as a sum over what it averages.
 
-A sum, not a mean: the gradient of an example's own term must not depend on which batch the example happens to be in.
+A sum, not a mean: the gradient of an example's own term must not depend on which batch the example
+    happens to be in.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def labels_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """
     if "labels" not in batch and "start_positions" not in batch:
         raise DataError(
-            f"The batch has no 'labels' (it has {', '.join(batch)}); gradient importance needs a loss. Give labels, "
-            "or pass loss=... to score."
+            f"The batch has no 'labels' (it has {', '.join(batch)}); gradient importance needs a"
+            " loss. Give labels, or pass loss=... to score."
         )
     outputs = model(**batch)
     if getattr(outputs, "loss", None) is None:
@@ -38,7 +39,7 @@ def labels_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 
 def terms(model: PreTrainedModel, batch: Batch) -> int:
-    """How many terms the model's loss is the mean of: examples, or labelled tokens of token-level tasks."""
+    """How many terms the model's loss is the mean of: examples, or labelled tokens."""
     labels = batch.get("labels")
     if labels is None or not is_token_level(batch):
         return next(iter(batch.values())).shape[0]
@@ -54,8 +55,9 @@ def is_token_level(batch: Batch) -> bool:
 
 
 def shifts_labels(model: PreTrainedModel) -> bool:
-    """Whether the model's loss compares each position with the next label, as decoder-only language models do."""
+    """Whether the loss compares each position with the next label, as decoders' losses do."""
     if model.config.is_encoder_decoder:
         return False
-    # GPT2LMHeadModel and its like carry no loss_type; transformers then falls back to the causal loss.
+    # GPT2LMHeadModel and its like carry no loss_type; transformers then falls back to the causal
+    # loss.
     return model.loss_type == "ForCausalLM" or (model.loss_type is None and model.can_generate())

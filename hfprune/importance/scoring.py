@@ -1,17 +1,20 @@
-"""Scoring: one pass of batches through the gated model, on any number of processes, gives every criterion."""
+"""Scoring: one pass of batches through the gated model, on any number of processes, gives every
+criterion.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -34,8 +37,9 @@ class Scores:
         fingerprint: of the anatomy that was scored.
         examples: calibration examples.
         tokens: mean tokens per example, without padding.
-        agreement: {criterion: Spearman rank correlation between the two halves of the calibration examples}, for the
-            criteria that read gradients; low means that more examples would change the plan.
+        agreement: {criterion: Spearman rank correlation between the two halves of the calibration
+            examples}, for the criteria that read gradients; low means that more examples would
+            change the plan.
     """
 
     importance: Mapping[str, Mapping[str, torch.Tensor]]
@@ -55,7 +59,9 @@ class Scores:
         return self.importance[criterion]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write scores.safetensors and scores.json into a folder, each under a temporary name first."""
+        """Write scores.safetensors and scores.json into a folder, each under a temporary name
+        first.
+        """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         tensors = {
@@ -89,27 +95,29 @@ def score(
 ) -> Scores:
     """Score every head and neuron of a model from one pass over labelled batches.
 
-    The weights are frozen while it runs and no weight gradient is allocated: the cost is a forward pass and a backward
-    pass over activations. With torch.distributed running, give every process the same batches: each takes its share,
-    and all return the scores of the whole.
+    The weights are frozen while it runs and no weight gradient is allocated: the cost is a forward
+        pass and a backward
+    pass over activations. With torch.distributed running, give every process the same batches: each
+    takes its share, and all return the scores of the whole.
 
     Args:
         model: a transformers model of a known family; left as it was.
         batches: what the model is called with, {name: tensor}, with labels.
         criteria: names from the registry; all of them by default.
-        loss: (model, batch) -> the loss summed over its examples or labelled tokens; by default the model's own.
+        loss: (model, batch) -> the loss summed over its examples or labelled tokens; by default the
+            model's own.
         seed: of the criterion `random`.
 
     Raises:
         HfpruneError: an unknown criterion.
-        DataError: no batches, no labels, a loss that is not finite (names the batch), or one that does not depend on
-            some group of units (names the group).
+        DataError: no batches, no labels, a loss that is not finite (names the batch), or one that
+            does not depend on some group of units (names the group).
     """
     wanted = {name: criterion_named(name) for name in criteria or CRITERIA}
     anatomy = Anatomy.of(model)
     gathering = _Gathering(anatomy)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    total = len(batches) if hasattr(batches, "__len__") else None
+    total = len(batches) if isinstance(batches, Sized) else None
     with frozen(model), gate_gradients(model, anatomy, gathering.receive), torch.enable_grad():
         for index, batch in enumerate(tqdm(batches, "scoring", total, delay=2, leave=False)):
             if index % world == rank:
@@ -131,7 +139,7 @@ def score(
         }
         for name, function in wanted.items()
     }
-    agreement = {}
+    agreement: dict[str, float] = {}
     for name in ("taylor", "fisher"):
         if name in wanted and gathering.examples > 1:
             halves = [
@@ -154,7 +162,7 @@ def rank_correlation(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 class _Gathering:
-    """Running sums per group, examples alternating between two halves so that their agreement can be told."""
+    """Running sums per group, in two halves of the examples so that their agreement shows."""
 
     def __init__(self, anatomy: Anatomy) -> None:
         self.absolute: dict[str, torch.Tensor] = {}
@@ -259,17 +267,22 @@ class _Gathering:
 
 
 def _weight_norms(model: PreTrainedModel, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared norms in float64: (units, columns) of the outlet's columns, (units,) of all a unit's weights.
+    """Squared weight norms, float64: (units, columns) of the outlet, (units,) of all of a unit.
 
     The key and value of a KV group count for each of its query heads.
     """
     outlet = outlet_of(model, group)
-    columns = outlet.weight.detach().double().square().sum(dim=1 - axis_of(outlet, 1))  # type: ignore[operator,union-attr]
+    columns = _squares(outlet).sum(dim=1 - axis_of(outlet, 1))
     total = torch.zeros(group.units, dtype=torch.float64, device=columns.device)
     for piece in slices(model, group):
-        weight = piece.module.weight.detach().double().square()  # type: ignore[operator,union-attr]
+        weight = _squares(piece.module)
         axis = axis_of(piece.module, piece.dim)
         rows = weight if weight.dim() == 1 else weight.sum(dim=1 - axis)
         owned = rows[piece.rows.to(rows.device)].sum(dim=1)
         total += owned.repeat_interleave(group.heads_per_kv) if piece.per_kv else owned
     return columns.reshape(group.units, group.columns), total
+
+
+def _squares(module: nn.Module) -> torch.Tensor:
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    return weight.detach().double().square()

@@ -14,7 +14,8 @@ class Budget:
     """A share of one resource of the layers that a plan may keep.
 
     Attributes:
-        resource: "macs" or "params", of the layers (embeddings and task heads are not for removing).
+        resource: "macs" or "params", of the layers (embeddings and task heads are not for
+            removing).
         share: of the dense layers' cost, in (0, 1].
     """
 
@@ -26,7 +27,8 @@ class Budget:
             raise BudgetError(unknown("budget", self.resource, RESOURCES))
         if not 0 < self.share <= 1:
             raise BudgetError(
-                f"A budget is a share to keep, more than 0 and at most 1 (100 %); {self.resource}={self.share} is not."
+                "A budget is a share to keep, more than 0 and at most 1 (100 %);"
+                f" {self.resource}={self.share} is not."
             )
 
     @staticmethod

@@ -1,4 +1,6 @@
-"""The pruning plan: a frozen value that says which units stay, and explains itself. It holds no tensor."""
+"""The pruning plan: a frozen value that says which units stay, and explains itself. It holds no
+tensor.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ class PruningPlan:
         criterion: by which importance the units were chosen.
         tokens: length of the example whose MACs are counted.
         lost: {group name: share of the group's importance that goes}.
-        gap: how far the kept importance may lie below the best possible, as a share of all importance.
+        gap: how far the kept importance may lie below the best possible, as a share of all
+            importance.
     """
 
     anatomy: Anatomy
@@ -58,7 +61,9 @@ class PruningPlan:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     def explain(self) -> str:
-        """A table: per group what stays, what goes and at what loss of importance; then the budget before and after."""
+        """A table: per group what stays, what goes and at what loss of importance; then the budget
+        before and after.
+        """
         rows = [("layer", "stays", "of", "kind", "parameters", "MACs", "importance lost")]
         for g in self.anatomy:
             units = len(self.keep[g.name])
@@ -92,9 +97,12 @@ class PruningPlan:
         before, after = layers_params(self.anatomy), layers_params(self.anatomy, self.keep)
         lines += [
             "",
-            f"Budget {self.budget} by {self.criterion}: the layers keep {self.macs_share:.1%} of their MACs "
-            f"({self.tokens} tokens) and {self.params_share:.1%} of their parameters "
-            f"({before:,} -> {after:,}; {self.anatomy.outside_params:,} outside the layers stay).",
+            (
+                f"Budget {self.budget} by {self.criterion}: the layers keep {self.macs_share:.1%}"
+                f" of their MACs ({self.tokens} tokens) and {self.params_share:.1%} of their"
+                f" parameters ({before:,} -> {after:,}; {self.anatomy.outside_params:,} outside the"
+                " layers stay)."
+            ),
         ]
         return "\n".join(lines)
 
@@ -119,9 +127,10 @@ class PruningPlan:
         """
         if anatomy != self.anatomy:
             raise HfpruneError(
-                f"This plan is for a {self.anatomy.model_type} with {len(self.anatomy.groups)} groups of units "
-                f"({self.anatomy.fingerprint}); the model is a {anatomy.model_type} with {len(anatomy.groups)} "
-                f"({anatomy.fingerprint}). Score and plan the model that is to be pruned."
+                f"This plan is for a {self.anatomy.model_type} with {len(self.anatomy.groups)}"
+                f" groups of units ({self.anatomy.fingerprint}); the model is a"
+                f" {anatomy.model_type} with {len(anatomy.groups)} ({anatomy.fingerprint}). Score"
+                " and plan the model that is to be pruned."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,7 +157,8 @@ class PruningPlan:
         """
         if values["version"] > VERSION:
             raise HfpruneError(
-                f"This plan has format version {values['version']}; this hfprune reads up to {VERSION}. Upgrade it."
+                f"This plan has format version {values['version']}; this hfprune reads up to"
+                f" {VERSION}. Upgrade it."
             )
         return PruningPlan(
             anatomy=Anatomy.from_dict(values["anatomy"]),

@@ -1,9 +1,10 @@
 """The planner: which units of all layers together are worth their cost under a budget.
 
-Every group offers options (how many units to keep, the most important first), each with a cost and a loss of
-importance. Choosing one option per group under one budget is the multiple-choice knapsack problem (Kellerer, Pferschy
-and Pisinger 2004, chapter 11). It is solved in two steps: the Lagrangian relaxation gives a price per unit of cost, a
-feasible plan and a bound; then dynamic programming over the few options that the bound cannot exclude is exact.
+Every group offers options (how many units to keep, the most important first), each with a cost and
+a loss of importance. Choosing one option per group under one budget is the multiple-choice knapsack
+problem (Kellerer, Pferschy and Pisinger 2004, chapter 11). It is solved in two steps: the
+Lagrangian relaxation gives a price per unit of cost, a feasible plan and a bound; then dynamic
+programming over the few options that the bound cannot exclude is exact.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Constraints:
     Attributes:
         min_heads: query heads that every attention keeps at least.
         min_neurons: neurons that every FFN keeps at least.
-        round_to: FFN widths are multiples of this (8, 32, 64 suit tensor cores); a group may keep all of its neurons.
+        round_to: FFN widths are multiples of this (8, 32, 64 suit tensor cores); a group may keep
+            all of its neurons.
         tolerance: the budget is met to this share of it, or it is an error.
     """
 
@@ -48,7 +50,8 @@ class Constraints:
     def __post_init__(self) -> None:
         if min(self.min_heads, self.min_neurons) < 0 or self.round_to < 1 or self.tolerance <= 0:
             raise HfpruneError(
-                f"min_heads and min_neurons must be 0 or more, round_to 1 or more, tolerance above 0: {self}."
+                "min_heads and min_neurons must be 0 or more, round_to 1 or more, tolerance above"
+                f" 0: {self}."
             )
 
 
@@ -57,9 +60,11 @@ class _Options:
     """What one group offers: parallel arrays of cost and loss, and the shape of each option.
 
     Attributes:
-        order: unit indices, the most important first, within each KV group: (KV groups, query heads per group).
+        order: unit indices, the most important first, within each KV group: (KV groups, query heads
+            per group).
         kv: KV groups of each option, taken in the order of their best query heads.
-        per_kv: query heads per KV group of each option (1 for neurons, whose "KV groups" are the neurons).
+        per_kv: query heads per KV group of each option (1 for neurons, whose "KV groups" are the
+            neurons).
     """
 
     group: Group
@@ -95,7 +100,8 @@ def plan(
         budget: "macs=50%" or "params=0.6": the share of the layers' cost to keep.
         criterion: by which importance.
         constraints: floors and granularity; by default one head and one neuron per layer at least.
-        tokens: length of the example whose MACs are counted; by default the calibration data's mean.
+        tokens: length of the example whose MACs are counted; by default the calibration data's
+            mean.
 
     Raises:
         BudgetError: no structure meets the budget; the message names the nearest that one can.
@@ -136,8 +142,9 @@ def solve(
     least = fixed + sum(int(offer.cost.min()) for offer in offers)
     if least > limit:
         raise BudgetError(
-            f"No structure keeps only {budget}: with at least {constraints.min_heads} heads and "
-            f"{constraints.min_neurons} neurons in every layer, the least is {budget.resource}={least / dense:.1%}."
+            f"No structure keeps only {budget}: with at least {constraints.min_heads} heads and"
+            f" {constraints.min_neurons} neurons in every layer, the least is"
+            f" {budget.resource}={least / dense:.1%}."
         )
     chosen, gap = choose(
         [offer.cost for offer in offers], [offer.loss for offer in offers], limit - fixed
@@ -188,9 +195,11 @@ def _options(
         best = -np.sort(-sorted_values[:, :h].sum(axis=1))
         kept[per_kv == h] = np.concatenate([[0.0], np.cumsum(best)])[kv[per_kv == h]]
     cost = [
-        group_params(group, int(g * h), int(g) if group.kind == "head" else 0)
-        if resource == "params"
-        else group_macs(group, int(g * h), int(g) if group.kind == "head" else 0, tokens)
+        (
+            group_params(group, int(g * h), int(g) if group.kind == "head" else 0)
+            if resource == "params"
+            else group_macs(group, int(g * h), int(g) if group.kind == "head" else 0, tokens)
+        )
         for g, h in zip(kv, per_kv, strict=True)
     ]
     return _Options(
@@ -208,11 +217,13 @@ def choose(costs: Sequence[Ints], losses: Sequence[Floats], limit: int) -> tuple
     """Pick one option per group with the least total loss at a total cost of at most `limit`.
 
     Args:
-        costs, losses: per group, the cost and the loss of each option.
+        costs: per group, the cost of each option.
+        losses: per group, the loss of each option.
         limit: at least the sum of the groups' least costs.
 
     Returns:
-        The option of each group, and a bound on how much more it loses than the best choice (0: it is the best).
+        The option of each group, and a bound on how much more it loses than the best choice (0: it
+        is the best).
     """
     price, chosen = _price(costs, losses, limit)
     chosen = _fill(costs, losses, chosen, limit)
@@ -226,7 +237,7 @@ def choose(costs: Sequence[Ints], losses: Sequence[Floats], limit: int) -> tuple
 
 
 def _price(costs: Sequence[Ints], losses: Sequence[Floats], limit: int) -> tuple[float, list[int]]:
-    """The lowest price per cost at which every group, choosing for itself, stays within the limit together."""
+    """The lowest price of cost at which the groups, each choosing for itself, meet the limit."""
 
     def at(price: float) -> list[int]:
         # Of equally good options the cheaper one, so that a high enough price is always feasible.
@@ -258,7 +269,7 @@ def _price(costs: Sequence[Ints], losses: Sequence[Floats], limit: int) -> tuple
 def _fill(
     costs: Sequence[Ints], losses: Sequence[Floats], chosen: Sequence[int], limit: int
 ) -> list[int]:
-    """Spend what the relaxation left over: again and again the affordable change that saves the most loss."""
+    """Spend what the relaxation left over, each time on the change that saves the most loss."""
     chosen = list(chosen)
     left = limit - sum(int(cost[i]) for cost, i in zip(costs, chosen, strict=True))
     while True:
@@ -286,7 +297,8 @@ def _search(
     """Exact dynamic programming over the options whose bound is below `best`.
 
     Returns:
-        The best choice, [] if none is better than `best`, None if there were too many states to be sure.
+        The best choice, [] if none is better than `best`, None if there were too many states to be
+        sure.
     """
     slack = 1e-9 * (abs(best) + 1e-300)
     rest = np.concatenate([np.cumsum([r.min() for r in reduced][::-1])[::-1], [0.0]])

@@ -144,9 +144,10 @@ class Report:
         repeats = next(iter(first.measured.latency.values())).repeats
         machine = ", ".join(f"{key} {value}" for key, value in self.machine.items())
         return (
-            f"{first.quality.examples:,} test examples, bootstrap intervals (paired in the comparison with dense). "
-            f"MACs counted by torch, whole model. Latency: median of {repeats} interleaved runs; peak memory: loading "
-            f"and one forward pass in a fresh process. {machine}."
+            f"{first.quality.examples:,} test examples, bootstrap intervals (paired in the"
+            " comparison with dense). MACs counted by torch, whole model. Latency: median of"
+            f" {repeats} interleaved runs; peak memory: loading and one forward pass in a fresh"
+            f" process. {machine}."
         )
 
 

@@ -1,10 +1,13 @@
-"""Compensation: the kept units take over what the removed ones did, by least squares and without training.
+"""Compensation: the kept units take over what the removed ones did, by least squares and without
+training.
 
-Removing units changes what an outlet hands to the residual stream. Its remaining columns are refitted so that the
-stream on calibration data is again what the dense model's was: ridge regression in float64, layer by layer in forward
-order, each on the inputs that the already pruned and refitted layers before it really give. The closed form is that of
-layer-wise reconstruction (He et al. 2017, arXiv:1707.06168). The target is the dense model's residual stream after the
-outlet, not the outlet's own output: so each outlet also takes back the error that earlier layers left in the stream.
+Removing units changes what an outlet hands to the residual stream. Its remaining columns are
+refitted so that the stream on calibration data is again what the dense model's was: ridge
+regression in float64, layer by layer in forward order, each on the inputs that the already pruned
+and refitted layers before it really give. The closed form is that of layer-wise reconstruction (He
+et al. 2017, arXiv:1707.06168). The target is the dense model's residual stream after the outlet,
+not the outlet's own output: so each outlet also takes back the error that earlier layers left in
+the stream.
 """
 
 from __future__ import annotations
@@ -49,7 +52,8 @@ def compensate(
 ) -> PreTrainedModel:
     """Refit every outlet of a pruned model, in place, to the dense model's outlet outputs.
 
-    Memory: the hidden states of all batches twice, and one (columns x columns) float64 covariance at a time. Time: about
+    Memory: the hidden states of all batches twice, and one (columns x columns) float64 covariance
+        at a time. Time: about
     five forward passes.
 
     Args:
@@ -80,7 +84,8 @@ def compensate(
                 points = [_sum_point(dense, before[g.name], theirs[0], layer) for g in here]
                 sums = _dense_sums(dense, here, points, theirs, layer)
                 for group, point, targets in zip(here, points, sums, strict=True):
-                    # An outlet that lost nothing is refitted too, once the layers before it have changed.
+                    # An outlet that lost nothing is refitted too, once the layers before it have
+                    # changed.
                     if layer >= changed[0].layer:
                         _refit(pruned, group, ours, layer, point, targets)
                     bar.update()
@@ -101,7 +106,7 @@ def _eval(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _calls(model: PreTrainedModel, layers: str, batches: Sequence[Batch]) -> list[_Call]:
-    """Run the model once and keep how each of its layers is called, and the first layer's hidden state."""
+    """Run the model once and keep how each of its layers is called."""
     modules = list(model.base_model.get_submodule(layers).children())
     calls = []
     for batch in batches:
@@ -139,19 +144,24 @@ def _run(layer: nn.Module, call: _Call, index: int) -> torch.Tensor:
 
 
 def _sum_point(dense: PreTrainedModel, group: Group, call: _Call, index: int) -> str | None:
-    """Where an outlet's output is added to the residual stream: the module in the layer whose input is the sum.
+    """Where an outlet's output joins the residual stream: the module whose input is the sum.
 
-    Found by looking rather than by a table: in one batch, the first module input (or the layer's output, "") that is
-    the outlet's output plus a tensor seen before. None where a norm or a scale lies between (Gemma 3).
+    Found by looking rather than by a table: in one batch, the first module input (or "" for the
+    layer's output) that is the outlet's output plus a tensor seen before. None where a norm or a
+    scale lies between, as in Gemma 3.
     """
     layer, outlet = layer_of(dense, group), outlet_of(dense, group)
     paths = {module: path for path, module in layer.named_modules()}
-    seen, after = [call.hidden], []
+    seen: list[torch.Tensor] = [call.hidden]
+    after: list[tuple[str, torch.Tensor]] = []
     output: list[torch.Tensor] = []
 
     def look(module: nn.Module, args: tuple[object, ...]) -> None:
         if args and isinstance(args[0], torch.Tensor) and args[0].shape == call.hidden.shape:
-            (after if output else seen).append((paths[module], args[0]) if output else args[0])  # type: ignore[arg-type]
+            if output:
+                after.append((paths[module], args[0]))
+            else:
+                seen.append(args[0])
 
     hooks = [m.register_forward_pre_hook(look) for m in paths if m is not layer]
     hooks.append(outlet.register_forward_hook(lambda module, args, out: output.append(out)))
@@ -172,9 +182,10 @@ def _sum_point(dense: PreTrainedModel, group: Group, call: _Call, index: int) ->
 def _watch(
     model: PreTrainedModel, group: Group, point: str | None, mask: torch.Tensor | None
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Collect, of the coming run of the layer, the outlet's "input" and "output" and the residual "sum" after it.
+    """Collect, of the coming run, the outlet's "input", its "output" and the residual "sum".
 
-    Each is (positions, features) without padding. Where there is no sum point, the sum is the output.
+    Each is (positions, features) without padding. Where there is no sum point, the sum is the
+    output.
     """
     found: dict[str, torch.Tensor] = {}
     layer, outlet = layer_of(model, group), outlet_of(model, group)
@@ -283,11 +294,14 @@ def _refit(
         call = calls[batch]
         with _watch(pruned, group, point, call.mask) as found:
             _run(layer_of(pruned, group), call, index)
-        # What the outlet should give, so that the sum with the pruned model's own stream is the dense sum.
+        # What the outlet should give, so that the sum with the pruned model's own stream is the
+        # dense sum.
         wanted = targets[batch] - (found["sum"] - found["output"])
         return _Moments.of(found["input"], wanted)
 
-    fit, held = [_total(moments(i) for i in part) for part in _parts(len(calls))]
+    train, held_out = _parts(len(calls))
+    fit = _total(moments(i) for i in train)
+    held = _total(moments(i) for i in held_out) if held_out else None
     current = _as_rows(outlet)
     bias = getattr(outlet, "bias", None) is not None
     if held is None:
@@ -307,13 +321,12 @@ def _parts(count: int) -> tuple[list[int], list[int]]:
     return [i for i in range(count) if i not in set(held)], held
 
 
-def _total(parts: Iterable[_Moments]) -> _Moments | None:
-    """The sum; None of nothing."""
-    return functools.reduce(operator.add, parts) if (parts := list(parts)) else None
+def _total(parts: Iterable[_Moments]) -> _Moments:
+    return functools.reduce(operator.add, parts)
 
 
 def _solve(moments: _Moments, current: torch.Tensor, ridge: float, bias: bool) -> torch.Tensor:
-    """Ridge regression drawn towards the current weights: (columns + 1, outputs), the last row the bias."""
+    """Ridge regression towards the current weights: (columns + 1, outputs), the bias last."""
     size = len(moments.inputs) if bias else len(moments.inputs) - 1
     gram, cross = moments.inputs[:size, :size], moments.cross[:size]
     scale = gram.diagonal()[: len(moments.inputs) - 1].mean()
@@ -326,9 +339,9 @@ def _solve(moments: _Moments, current: torch.Tensor, ridge: float, bias: bool) -
 
 def _as_rows(outlet: nn.Module) -> torch.Tensor:
     """An outlet's weights as (columns + 1, outputs) float64, the last row the bias or zeros."""
-    weight = outlet.weight.detach().double()
-    rows = weight if axis_of(outlet, 1) == 0 else weight.T
-    bias = getattr(outlet, "bias", None)
+    weight: torch.Tensor = outlet.weight.detach()  # type: ignore[operator]
+    rows = (weight if axis_of(outlet, 1) == 0 else weight.T).double()
+    bias: torch.Tensor | None = getattr(outlet, "bias", None)
     last = rows.new_zeros(rows.shape[1]) if bias is None else bias.detach().double()
     return torch.cat([rows, last[None]])
 
@@ -337,4 +350,4 @@ def _write(outlet: nn.Module, rows: torch.Tensor) -> None:
     weight: torch.Tensor = outlet.weight  # type: ignore[assignment]
     weight.copy_(rows[:-1] if axis_of(outlet, 1) == 0 else rows[:-1].T)
     if getattr(outlet, "bias", None) is not None:
-        outlet.bias.copy_(rows[-1])  # type: ignore[operator,union-attr]
+        outlet.bias.copy_(rows[-1])  # type: ignore[operator]
