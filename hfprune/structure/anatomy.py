@@ -28,21 +28,25 @@ Kind = Literal["head", "neuron"]
 class Group:
     """The units that share one outlet: the query heads of one attention, or the neurons of one FFN.
 
-    A KV group is `heads_per_kv` consecutive query heads with their common key and value head. All sizes are counts of
-    scalars; "weights" leave biases out, because only weights cost multiply-accumulates.
+    A KV group is `heads_per_kv` consecutive query heads with their common key and value head. All
+    sizes are counts of scalars; "weights" leave biases out, because only weights cost
+    multiply-accumulates.
 
     Attributes:
-        name: path of the attention module or of the FFN's outlet, relative to `model.base_model`; unique.
+        name: path of the attention module or of the FFN's outlet, relative to `model.base_model`;
+            unique.
         kind: "head" or "neuron".
         stack, layer: which stack of the family's row, which layer in it.
         part: index of the attention in its layer (0 self, 1 cross); 0 for an FFN.
         units: how many units there are.
         columns: input columns of the outlet per unit: the head size, or 1.
-        heads_per_kv: query heads per KV group; 1 where every head has its own key and value, and for neurons.
+        heads_per_kv: query heads per KV group; 1 where every head has its own key and value, and
+            for neurons.
         outlet: path of the outlet, relative to `model.base_model`.
         unit_weights, unit_params: what one unit owns.
         kv_weights, kv_params: what one KV group owns besides its query heads.
-        shared_params: owned by the group as a whole, gone when the last unit goes (norms inside an attention).
+        shared_params: owned by the group as a whole, gone when the last unit goes (norms inside an
+            attention).
         fixed_params: stays even when the group is emptied (the outlet's bias).
         cross: keys and values come from another stack.
     """
@@ -139,7 +143,8 @@ class Anatomy:
         """Read the anatomy of a transformers model.
 
         Raises:
-            UnsupportedModelError: the family has no row, or the model is not a plain, loaded transformers model.
+            UnsupportedModelError: the family has no row, or the model is not a plain, loaded
+                transformers model.
         """
         _check_plain(model)
         row = row_of(model.config.model_type)
@@ -301,7 +306,8 @@ class Slice:
 
     Attributes:
         module: a Linear, Conv1D, norm or Embedding.
-        dim: 0 where the units are outputs (rows of weight and bias), 1 where they are inputs (columns).
+        dim: 0 where the units are outputs (rows of weight and bias), 1 where they are inputs
+            (columns).
         rows: (units, rows per unit) indices along `dim`; KV groups instead of units if `per_kv`.
         per_kv: the rows belong to the KV groups.
     """

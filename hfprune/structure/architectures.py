@@ -1,13 +1,14 @@
 """The table of model families: one declarative row says where a family keeps its prunable parts.
 
-Row key: `config.model_type`. Paths are dotted module names, relative to one layer unless said otherwise. A row describes
-modules as transformers builds them in memory, which for some families differs from the names on disk. Biases are
-never mentioned: the cut takes a bias along where there is one.
+Row key: `config.model_type`. Paths are dotted module names, relative to one layer unless said
+otherwise. A row describes modules as transformers builds them in memory, which for some families
+differs from the names on disk. Biases are never mentioned: the cut takes a bias along where there
+is one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from hfprune.errors import HfpruneError, UnsupportedModelError, unknown
@@ -65,12 +66,15 @@ class Ffn:
         down: the outlet.
         fused: the one matrix of `ups` holds gate and up as two halves of its rows.
         width: attribute, written "module:attribute", equal to the number of neurons, where present.
+        setting: config attribute with the number of neurons, as the family itself names it; "" if
+            there is none or two stacks share it.
     """
 
     ups: tuple[str, ...]
     down: str
     fused: bool = False
     width: str = ""
+    setting: str = "intermediate_size"
 
 
 @dataclass(frozen=True)
@@ -138,11 +142,12 @@ def _attention(at: str, names: str, **rest: Any) -> Attention:
 
 
 _BERT_FFN = Ffn(("intermediate.dense",), "output.dense")
-_FC = Ffn(("fc1",), "fc2")
+_FC = Ffn(("fc1",), "fc2", setting="ffn_dim")
 _MLP_FC = Ffn(("mlp.fc1",), "mlp.fc2")
 _GATED = Ffn(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", width="mlp:intermediate_size")
 _GATED_FUSED = Ffn(("mlp.gate_up_proj",), "mlp.down_proj", fused=True)
 _4H = Ffn(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h")
+_4H_FIXED = replace(_4H, setting="")
 
 _QKV_O = "q_proj k_proj v_proj o_proj"
 _QKV_OUT = "q_proj k_proj v_proj out_proj"
@@ -160,7 +165,7 @@ _DISTILBERT = Stack(
             "attention", "q_lin k_lin v_lin out_lin", dim="attention_head_size", sizes=("dim",)
         ),
     ),
-    Ffn(("ffn.lin1",), "ffn.lin2"),
+    Ffn(("ffn.lin1",), "ffn.lin2", setting="hidden_dim"),
     depth="n_layers",
 )
 _MPNET = Stack(
@@ -209,6 +214,7 @@ _QWEN2_MOE = Stack(
         ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
         "mlp.shared_expert.down_proj",
         width="mlp.shared_expert:intermediate_size",
+        setting="shared_expert_intermediate_size",
     ),
     moe=_EXPERTS,
 )
@@ -216,10 +222,15 @@ _QWEN2_MOE = Stack(
 _GPT2 = Stack(
     "h",
     (_attention("attn", "c_attn c_proj", layout="concat", sizes=("split_size", "embed_dim")),),
-    Ffn(("mlp.c_fc",), "mlp.c_proj"),
+    Ffn(("mlp.c_fc",), "mlp.c_proj", setting="n_inner"),
     depth="n_layer",
 )
-_GPTJ = Stack("h", (_attention("attn", _QKV_OUT),), Ffn(("mlp.fc_in",), "mlp.fc_out"), "n_layer")
+_GPTJ = Stack(
+    "h",
+    (_attention("attn", _QKV_OUT),),
+    Ffn(("mlp.fc_in",), "mlp.fc_out", setting="n_inner"),
+    "n_layer",
+)
 _GPT_NEOX = Stack(
     "layers",
     (_attention("attention", "query_key_value dense", layout="per_head", dim="head_size"),),
@@ -232,16 +243,26 @@ _BLOOM = Stack(
             "self_attention", "query_key_value dense", layout="per_head", patch="slice_alibi"
         ),
     ),
-    _4H,
+    _4H_FIXED,
     depth="n_layer",
 )
 _SELF = _attention("self_attn", _QKV_OUT, sizes=("embed_dim",))
 _CROSS = _attention("encoder_attn", _QKV_OUT, sizes=("embed_dim",), context="cross")
 _OPT = Stack("decoder.layers", (_SELF,), _FC)
-_BIOGPT = Stack("layers", (_SELF,), _FC)
+_BIOGPT = Stack("layers", (_SELF,), replace(_FC, setting="intermediate_size"))
 _BART = (
-    Stack("encoder.layers", (_SELF,), _FC, depth="encoder_layers num_hidden_layers"),
-    Stack("decoder.layers", (_SELF, _CROSS), _FC, depth="decoder_layers"),
+    Stack(
+        "encoder.layers",
+        (_SELF,),
+        replace(_FC, setting="encoder_ffn_dim"),
+        depth="encoder_layers num_hidden_layers",
+    ),
+    Stack(
+        "decoder.layers",
+        (_SELF, _CROSS),
+        replace(_FC, setting="decoder_ffn_dim"),
+        depth="decoder_layers",
+    ),
 )
 
 
@@ -253,7 +274,7 @@ def _t5(patch: str, cross_patch: str) -> tuple[Stack, Stack]:
     crossed = _attention(cross, "q k v o", context="cross", patch=cross_patch, **counts)
 
     def ffn(at: str) -> Ffn:
-        return Ffn((f"{at}.wi", f"{at}.wi_0", f"{at}.wi_1"), f"{at}.wo")
+        return Ffn((f"{at}.wi", f"{at}.wi_0", f"{at}.wi_1"), f"{at}.wo", setting="")
 
     return (
         Stack("encoder.block", (attention,), ffn("layer.1.DenseReluDense"), "num_layers"),
@@ -267,7 +288,7 @@ def _t5(patch: str, cross_patch: str) -> tuple[Stack, Stack]:
 
 
 _VIT = Stack("layers", (_attention("attention", _QKV_O),), _MLP_FC)
-_DINOV2 = Stack("encoder.layer", _VIT.attentions, _MLP_FC)
+_DINOV2 = Stack("encoder.layer", _VIT.attentions, replace(_MLP_FC, setting=""))
 _DATA2VEC_VISION = Stack(
     "encoder.layer",
     (_attention("attention.attention", "query key value /attention.output.dense", **_BERT_NAMES),),
@@ -356,3 +377,22 @@ def row_of(model_type: str) -> Row:
             "hfprune.register(Row(model_type, stacks)); see hfprune/structure/architectures.py."
         )
     return ROWS[model_type]
+
+
+def family_table() -> str:
+    """The supported families as a markdown table, one line per way of being built, for the README."""
+    alike: dict[tuple[tuple[Stack, ...], str], list[str]] = {}
+    for name, row in ROWS.items():
+        alike.setdefault((row.stacks, row.note), []).append(name)
+    lines = ["| `model_type` | stacks | units | note |", "|---|---|---|---|"]
+    for (stacks, note), names in alike.items():
+        units = [
+            *(["heads"] if any(stack.attentions for stack in stacks) else []),
+            *(["neurons"] if any(stack.ffn for stack in stacks) else []),
+            *(["experts"] if any(stack.moe for stack in stacks) else []),
+            "layers",
+        ]
+        paths = ", ".join(f"`{stack.layers}`" for stack in stacks)
+        listed = ", ".join(f"`{name}`" for name in names)
+        lines.append(f"| {listed} | {paths} | {', '.join(units)} | {note} |")
+    return "\n".join(lines) + "\n"

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from hfprune.errors import CheckpointError
+from hfprune.structure.anatomy import Anatomy, stack_of
 from hfprune.structure.modeling_hfprune import (
     EMPTY,
     KEY,
@@ -57,12 +58,93 @@ def adopt(model: PreTrainedModel, plan_summary: Mapping[str, Any] | None = None)
     structure: dict[str, Any] = {"version": VERSION, "modules": modules}
     structure |= {"base": base} if base else {}
     structure |= {"lineage": lineage} if lineage else {}
+    per_layer = _per_layer(model) if modules else {}
+    structure |= {"per_layer": per_layer} if per_layer else {}
     setattr(model.config, KEY, structure)
     for name, part in model.base_model.named_children():  # one tower of a folder loads alone
         if isinstance(part, PreTrainedModel) and part.config is not model.config:
             inside = {p[len(name) + 1 :]: e for p, e in modules.items() if p.startswith(f"{name}.")}
             setattr(part.config, KEY, {"version": VERSION, "modules": inside})
     model.__class__ = pruned(type(model))
+    return model
+
+
+def _per_layer(model: PreTrainedModel) -> dict[str, dict[str, dict[str, int]]]:
+    """The structure in upstream's `per_layer_config` schema: {sub-config or "": {layer: {setting:
+    n}}}.
+
+    Only what the schema can say and AutoConfig reads back: head counts only where the config has a
+    head size of its own and no attention is empty.
+    """
+    said: dict[str, dict[str, dict[str, int]]] = {}
+    for part, settings in _settings(model).items():
+        config = getattr(model.config, part) if part else model.config
+        depth = 1 + max(layer for layer, _ in settings)
+        for unsaid in ((), HEAD_SETTINGS, (*HEAD_SETTINGS, "decoder_ffn_dim")):
+            layers: dict[str, dict[str, int]] = {}
+            for (layer, name), value in sorted(settings.items()):
+                if value != getattr(config, name) and name not in unsaid:
+                    layers.setdefault(str(layer).zfill(len(str(depth - 1))), {})[name] = value
+            if not layers:
+                continue
+            try:
+                type(config).from_dict({**config.to_dict(), "per_layer_config": layers})
+            except Exception:  # every family has its own way of saying no
+                continue
+            said[part] = layers
+            break
+    return said
+
+
+HEAD_SETTINGS = ("num_attention_heads", "num_key_value_heads")
+
+
+def _settings(model: PreTrainedModel) -> dict[str, dict[tuple[int, str], int]]:
+    """What the config would have to say per layer: {sub-config or "": {(layer, setting): value}}."""
+    found: dict[str, dict[tuple[int, str], int]] = {}
+    anatomy = Anatomy.of(model)
+    emptied = {g.stack for g in anatomy if g.kind == "head" and not g.units}
+    for group in anatomy:
+        stack = stack_of(model, group)
+        part = stack.depth.split(".")[0] if "." in stack.depth else ""
+        config = getattr(model.config, part) if part else model.config
+        known = config.to_dict()
+        values: dict[str, int] = {}
+        if group.kind == "neuron" and stack.ffn is not None:
+            values[stack.ffn.setting] = group.units
+        elif "head_dim" in known and group.stack not in emptied:
+            values = dict(zip(HEAD_SETTINGS, (group.units, group.kv_groups), strict=True))
+        for name, value in values.items():
+            if name in known:
+                found.setdefault(part, {})[group.layer, name] = value
+    return found
+
+
+def as_stock(model: PreTrainedModel) -> PreTrainedModel:
+    """Turn a pruned model, in place, into one of its stock class, which plain `AutoModel` loads.
+
+    Raises:
+        CheckpointError: the family's own config cannot hold the structure; names the first module.
+    """
+    own_config(model)
+    for part, settings in _settings(model).items():
+        config = getattr(model.config, part) if part else model.config
+        head_dim = getattr(config, "head_dim", None)
+        for (_, name), value in settings.items():
+            setattr(config, name, value)
+        if head_dim is None and "head_dim" in config.to_dict():
+            config.head_dim = Anatomy.of(model).groups[0].columns
+    odd = difference_to_stock(model)
+    if odd:
+        path, entry = next(iter(odd.items()))
+        raise CheckpointError(
+            f"A stock {model.config.model_type} config cannot hold this structure: {path} differs by "
+            f"{entry}. Prune every layer to the same widths, and to head counts that it can express."
+        )
+    for name in (KEY, "auto_map"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
+    model.__class__ = getattr(type(model), "_stock", type(model))
     return model
 
 
@@ -127,12 +209,15 @@ def from_pretrained(
 
     Args:
         model_id: a folder or a Hub id.
-        auto_class: the class to load, an `AutoModel...` or a model class; by default the class it was saved from.
-        **kwargs: as in transformers' `from_pretrained` (`dtype`, `device_map`, `revision`, `token`, ...).
+        auto_class: the class to load, an `AutoModel...` or a model class; by default the class it
+            was saved from.
+        **kwargs: as in transformers' `from_pretrained` (`dtype`, `device_map`, `revision`, `token`,
+            ...).
 
     Raises:
-        CheckpointError: the structure is damaged or from a newer version, tensors are missing or left over, or
-            `ignore_mismatched_sizes` was asked for, which would fill pruned layers with random weights.
+        CheckpointError: the structure is damaged or from a newer version, tensors are missing or
+            left over, or `ignore_mismatched_sizes` was asked for, which would fill pruned layers
+            with random weights.
     """
     if kwargs.pop("ignore_mismatched_sizes", False):
         raise CheckpointError(

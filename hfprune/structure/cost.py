@@ -1,7 +1,8 @@
 """What a structure costs, analytically: parameters and multiply-accumulates (MACs) of the layers.
 
-A `Selection` is {name of a group or block: kept unit indices}; what it leaves out stays whole. Budgets are shares of the layers' cost: embeddings and task heads are
-not for removing, so a share of them would promise what no plan can keep. They are shown beside it.
+A `Selection` is {name of a group or block: kept unit indices}; what it leaves out stays whole.
+Budgets are shares of the layers' cost: embeddings and task heads are not for removing, so a share
+of them would promise what no plan can keep. They are shown beside it.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ def group_params(group: Group, units: int, kv_groups: int) -> int:
 
 
 def group_macs(group: Group, units: int, kv_groups: int, tokens: int) -> int:
-    """MACs of a group for one example of `tokens` tokens: its matrices, and for heads scores and mixing of values.
+    """MACs of a group for one example of `tokens` tokens: its matrices, and for heads scores and
+    mixing of values.
 
-    Attention is counted as dense (tokens x tokens), as torch's FlopCounterMode counts it, whatever the mask.
+    Attention is counted as dense (tokens x tokens), as torch's FlopCounterMode counts it, whatever
+    the mask.
     """
     if not units:
         return 0

@@ -1,19 +1,24 @@
-"""Rebuilds structurally pruned transformers models from their config; needs torch and transformers, nothing else.
+"""Rebuilds structurally pruned transformers models from their config; needs torch and transformers,
+nothing else.
 
-This file is copied into every pruned checkpoint, so that `AutoModel...from_pretrained(folder, trust_remote_code=True)`
-works where hfprune is not installed. `config.hfprune` holds the difference to the stock model of the same config:
+This file is copied into every pruned checkpoint, so that `AutoModel...from_pretrained(folder,
+trust_remote_code=True)` works where hfprune is not installed. `config.hfprune` holds the difference
+to the stock model of the same config:
 
     {"version": 1, "modules": {path in the base model: {"shapes": {parameter: shape},
      "attrs": {name: int}, "empty": child that remains, "patch": {"name": ..., "heads": [...]}}}}
 
-All values are absolute and may only shrink what the stock model has; anything else is refused before it is built.
+All values are absolute and may only shrink what the stock model has; anything else is refused
+before it is built.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,9 +99,11 @@ def help_forward(module: nn.Module, name: str, heads: list[int]) -> None:
 
 
 def no_heads(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
-    """Forward of an attention without heads: the outlet's bias where the outlet is inside, else 0 columns.
+    """Forward of an attention without heads: the outlet's bias where the outlet is inside, else 0
+    columns.
 
-    The cache is told how many tokens went by, because layer 0's length is the position of the next token.
+    The cache is told how many tokens went by, because layer 0's length is the position of the next
+    token.
     """
     hidden_states = args[0] if args else kwargs["hidden_states"]
     output = hidden_states.new_zeros(*hidden_states.shape[:-1], 0)
@@ -161,7 +168,8 @@ def replay(model: PreTrainedModel) -> None:
     """Give a freshly built stock model the shapes and attributes of the pruned one.
 
     Raises:
-        StructureError: a newer version, an unknown module, or a value that pruning cannot have produced.
+        StructureError: a newer version, an unknown module, or a value that pruning cannot have
+            produced.
     """
     base = model.base_model
     for path, entry in checked(getattr(model.config, KEY, None)).items():
@@ -181,14 +189,14 @@ def _rebuild(module: nn.Module, path: str, entry: Mapping[str, Any]) -> None:
     """Give one module of a stock model what its entry says."""
     where = f"config.{KEY}: {path}"
     patch = entry.get("patch", {})
+    if (patch or "empty" in entry) and "Attention" not in type(module).__name__:
+        raise StructureError(f"{where} is no attention, but a {type(module).__name__}.")
     if patch and "empty" not in entry:
         counts = [vars(module).get(n) for n in ("num_attention_heads", "num_heads", "n_heads")]
         heads = next((n for n in counts if n is not None), None)
         heads = heads or getattr(getattr(module, "config", None), "num_attention_heads", 0)
         if patch["heads"] and patch["heads"][-1] >= heads:
             raise StructureError(f"{where} keeps head {patch['heads'][-1]}, stock has {heads}.")
-        if not hasattr(module, "layer_idx") and patch["name"] != "slice_bias":
-            raise StructureError(f"{where} is no attention, so it takes no patch.")
         help_forward(module, patch["name"], patch["heads"])
     for name, value in entry.get("attrs", {}).items():
         stock = vars(module).get(name)
@@ -272,6 +280,8 @@ class Pruned:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         # On disk for other readers; in memory it makes every read of the global value raise.
+        for name in config.sub_configs:
+            getattr(config, name).per_layer_config = None
         config.per_layer_config = None
         super().__init__(config, *args, **kwargs)
 
@@ -293,13 +303,20 @@ class Pruned:
         Args:
             save_directory: the folder to write.
             *args: as in the stock method.
-            verify: reload the folder on the CPU and compare every tensor and the outputs on a probe batch.
+            verify: reload the folder on the CPU and compare every tensor and the outputs on a probe
+                batch.
             **kwargs: as in the stock method.
 
         Raises:
             StructureError: what came back differs from what was saved.
         """
         config = self.config  # type: ignore[attr-defined]
+        modules = getattr(config, KEY)["modules"]
+        if modules and not any("shapes" in entry for entry in modules.values()):
+            raise StructureError(
+                "No shape differs from the stock model, so a load without the structure would go "
+                "unnoticed and give wrong outputs. Prune heads or neurons as well, then save."
+            )
         auto = {
             name: mapping[type(config)]
             for name, mapping in _auto_mappings().items()
@@ -316,6 +333,8 @@ class Pruned:
             (name for name, cls in auto.items() if cls is self._stock), "AutoModel"
         )
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("is_main_process", True):
+            write_per_layer_config(Path(save_directory) / "config.json")
         whole = kwargs.get("state_dict") is None and kwargs.get("is_main_process", True)
         if verify and whole and kwargs.get("variant") is None:
             kernel = config._attn_implementation  # the default one may differ in the last bit
@@ -324,8 +343,17 @@ class Pruned:
             logger.info("Reloaded %s: all tensors and probe outputs are equal", save_directory)
 
 
+def write_per_layer_config(path: Path) -> None:
+    """Say in upstream's own schema too what it can say: a stock class then refuses to be built."""
+    config = json.loads(path.read_text())
+    for part, layers in config[KEY].get("per_layer", {}).items():
+        (config[part] if part else config)["per_layer_config"] = layers
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def compare(saved: PreTrainedModel, reloaded: PreTrainedModel) -> None:
-    """Check that a reloaded model is the saved one: every tensor bit for bit, and the outputs on a probe batch.
+    """Check that a reloaded model is the saved one: every tensor bit for bit, and the outputs on a
+    probe batch.
 
     Raises:
         StructureError: names the first tensor that differs, or the outputs.
@@ -381,7 +409,8 @@ def pruned(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class of a pruned `cls`. It keeps the name, by which losses, pipelines and Trainer look classes up."""
     if issubclass(cls, Pruned):
         return cls
-    # A name that starts with "transformers." would pass for stock; the file to copy is found through __module__.
+    # A name that starts with "transformers." would pass for stock; the file to copy is found
+    # through __module__.
     return type(cls.__name__, (Pruned, cls), {"_stock": cls, "__module__": __name__})
 
 

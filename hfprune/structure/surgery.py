@@ -36,8 +36,9 @@ def cut(
 ) -> PreTrainedModel:
     """Remove, in place, every unit that the selection does not keep, and return the model.
 
-    Each kept tensor slice is copied, so the removed memory is free afterwards. The model becomes an instance of the
-    generated subclass of its own class, and `config.hfprune` describes the structure.
+    Each kept tensor slice is copied, so the removed memory is free afterwards. The model becomes an
+    instance of the generated subclass of its own class, and `config.hfprune` describes the
+    structure.
 
     Args:
         model: a plain transformers model of a known family.
@@ -46,7 +47,8 @@ def cut(
         plan_summary: a few plain values about the plan, appended to the config's lineage.
 
     Raises:
-        HfpruneError: the selection names unknown groups or units, or uneven heads in the KV groups of one layer.
+        HfpruneError: the selection names unknown groups or units, or uneven heads in the KV groups
+            of one layer.
     """
     anatomy = Anatomy.of(model)
     check_selection(anatomy, selection)

@@ -6,6 +6,7 @@ import json
 import pytest
 import tiny
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -13,8 +14,8 @@ from transformers import CLIPVisionModel
 
 from hfprune.errors import CheckpointError, HfpruneError, UnsupportedModelError
 from hfprune.structure.anatomy import Anatomy
-from hfprune.structure.architectures import ROWS, Row, register
-from hfprune.structure.checkpoint import from_pretrained
+from hfprune.structure.architectures import ROWS, Row, family_table, register
+from hfprune.structure.checkpoint import as_stock, from_pretrained
 from hfprune.structure.modeling_hfprune import (
     KEY,
     PATCHES,
@@ -276,3 +277,43 @@ def test_a_pruned_model_can_be_copied_and_its_kernel_changed():
         model = copy_and_cut(model, tiny.selection(Anatomy.of(model)))
         twin, inputs = copy.deepcopy(model), tiny.batch(model)
         assert tiny.outputs(twin, inputs).equal(tiny.outputs(model, inputs))
+
+
+def test_upstreams_schema_says_what_it_can(tmp_path):
+    model = tiny.model("qwen3")
+    keep = {"layers.0.mlp.down_proj": range(10), "layers.2.self_attn": (2, 3)}
+    copy_and_cut(model, keep).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["per_layer_config"]
+    assert written == {
+        "0": {"intermediate_size": 10},
+        "2": {"num_attention_heads": 2, "num_key_value_heads": 1},
+    }
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma", "bert", "opt", "bart"])
+def test_a_uniform_structure_needs_no_hfprune(family, tmp_path):
+    model = tiny.model(family)
+    keep = {
+        g.name: range(2, 4) if g.kind == "head" else range(10)
+        for g in Anatomy.of(model)
+        if g.kind == "neuron" or family in ("mistral", "qwen3", "gemma")
+    }
+    keep |= {b.name: (0, 2) for b in Anatomy.of(model).blocks}
+    model = as_stock(copy_and_cut(model, keep))
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "modeling_hfprune.py").exists()
+    auto = getattr(transformers, tiny.auto_class(family))
+    plain = auto.from_pretrained(tmp_path, attn_implementation="eager")
+    inputs = tiny.batch(model)
+    assert tiny.outputs(plain, inputs).equal(tiny.outputs(model, inputs))
+
+
+def test_a_structure_that_a_stock_config_cannot_hold_is_refused():
+    model = copy_and_cut(tiny.model("bert"), {"encoder.layer.0.output.dense": range(5)})
+    with pytest.raises(CheckpointError, match="cannot hold this structure"):
+        as_stock(model)
+
+
+def test_the_family_table_lists_every_row():
+    table = family_table()
+    assert all(f"`{name}`" in table for name in ROWS)
