@@ -95,6 +95,12 @@ def run(
     return _Run(made, say).go(until)
 
 
+def test_batches(recipe: Recipe) -> Batches:
+    """The batches that a run of the recipe is judged on."""
+    made = _Run(recipe, print)
+    return Batches(made.splits["test"], made.tokenizer, recipe.score.batch_size)
+
+
 class _Run:
     """The state of one run: its folder, its keys, and lazily loaded data."""
 
@@ -102,7 +108,7 @@ class _Run:
         self.recipe = recipe
         self.folder = Path(recipe.output)
         self.say = say
-        criterion_named(recipe.score.criterion)
+        criterion_named(recipe.prune.criterion)
         if (
             self.folder.exists()
             and any(self.folder.iterdir())
@@ -295,14 +301,10 @@ class _Run:
         shutil.rmtree(training["output_dir"], ignore_errors=True)
 
     def make_scores(self, path: Path) -> None:
-        # The cheap criteria are scored beside the chosen one: it must beat them to be worth its
-        # time.
-        names = dict.fromkeys(
-            [self.recipe.score.criterion, "fisher", "taylor", "magnitude", "random"]
-        )
-        scores = score(self.model("dense"), self.calibration, list(names), seed=self.recipe.seed)
+        # All criteria from the one pass: a plan by another one needs no scoring again.
+        scores = score(self.model("dense"), self.calibration, seed=self.recipe.seed)
         scores.save(path)
-        agreement = scores.agreement.get(self.recipe.score.criterion)
+        agreement = scores.agreement.get(self.recipe.prune.criterion)
         if agreement is not None:
             self.say(
                 f"  {scores.examples:,} examples of {scores.tokens:.1f} tokens; the two halves of"
@@ -315,7 +317,7 @@ class _Run:
             self.model("dense"),
             self.scores,
             settings.budget,
-            self.recipe.score.criterion,
+            settings.criterion,
             Constraints(settings.min_heads, settings.min_neurons, settings.round_to),
         )
         made.save(path)

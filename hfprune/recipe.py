@@ -70,12 +70,10 @@ class Score:
     """How importance is measured.
 
     Attributes:
-        criterion: name in the registry; `random` and `magnitude` are scored beside it.
         examples: calibration examples (blocks, for text generation) from the training split.
         batch_size: examples per batch.
     """
 
-    criterion: str = "fisher"
     examples: int = 1024
     batch_size: int = 32
 
@@ -86,12 +84,14 @@ class Prune:
 
     Attributes:
         budget: "macs=50%" or "params=0.6", of the layers.
+        criterion: name in the registry of the importance by which units are chosen.
         min_heads, min_neurons: that every layer keeps at least.
         round_to: FFN widths are multiples of this.
         compensate: refit the outlets by least squares after removal.
     """
 
     budget: str = "macs=50%"
+    criterion: str = "fisher"
     min_heads: int = 1
     min_neurons: int = 1
     round_to: int = 1
