@@ -122,7 +122,7 @@ def score(
         for index, batch in enumerate(tqdm(batches, "scoring", total, delay=2, leave=False)):
             if index % world == rank:
                 here = {name: tensor.to(model.device) for name, tensor in batch.items()}
-                gathering.start(here)
+                gathering.start(here, index)
                 value = loss(model, here)
                 if not torch.isfinite(value):
                     raise DataError(f"The loss of calibration batch {index} is {value.item()}.")
@@ -156,9 +156,15 @@ def score(
 
 
 def rank_correlation(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Spearman's rank correlation of two equally long vectors."""
-    ranks = torch.stack([v.argsort().argsort().double() for v in (one, other)])
-    return float(torch.corrcoef(ranks)[0, 1]) if len(one) > 1 else 1.0
+    """Spearman's rank correlation of two equally long vectors; 0 if one of them is constant."""
+    ranks = torch.stack([_ranks(one), _ranks(other)])
+    return float(torch.corrcoef(ranks)[0, 1].nan_to_num()) if len(one) > 1 else 1.0
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    """Place of each value in ascending order; equal values share the mean of their places."""
+    _, which, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[which].double()
 
 
 class _Gathering:
@@ -172,11 +178,12 @@ class _Gathering:
         self.tokens = 0
         self._anatomy = anatomy
         self._batch: Batch = {}
+        self._index = 0
         self._counted = False
 
-    def start(self, batch: Batch) -> None:
-        """Tell which batch the coming gradients belong to."""
-        self._batch, self._counted = batch, False
+    def start(self, batch: Batch, index: int) -> None:
+        """Tell which batch, of all processes' batches, the coming gradients belong to."""
+        self._batch, self._index, self._counted = batch, index, False
 
     def receive(self, group: Group, activation: torch.Tensor, gradient: torch.Tensor) -> None:
         """Add one group's input and gradient, each (batch, tokens, units x columns)."""
@@ -208,10 +215,13 @@ class _Gathering:
         mask = self._batch.get("attention_mask")
         return mask if mask is not None and mask.shape == values.shape[:2] else None
 
-    @staticmethod
-    def _halves(values: torch.Tensor) -> torch.Tensor:
-        """(batch, units) -> (2, units): sums over the even and the odd examples of the batch."""
-        return torch.stack([values[half::2].double().sum(dim=0) for half in (0, 1)])
+    def _halves(self, values: torch.Tensor) -> torch.Tensor:
+        """(batch, units) -> (2, units): sums over every other example of the batch.
+
+        Batches take turns in which half their first example goes to: they may be of one example.
+        """
+        starts = (self._index % 2, (self._index + 1) % 2)
+        return torch.stack([values[start::2].double().sum(dim=0) for start in starts])
 
     @staticmethod
     def _add(sums: dict[str, torch.Tensor], group: Group, values: torch.Tensor) -> None:
@@ -225,7 +235,9 @@ class _Gathering:
         counts = torch.tensor([self.examples, self.tokens], device=device)
         dist.all_reduce(counts)
         self.examples, self.tokens = counts.tolist()
-        for group in self._anatomy:
+        reached = torch.tensor([int(g.name in self.absolute) for g in self._anatomy], device=device)
+        dist.all_reduce(reached)
+        for group in (g for g, times in zip(self._anatomy, reached, strict=True) if times):
             for sums, shape in (
                 (self.absolute, (2, group.units)),
                 (self.squared, (2, group.units)),

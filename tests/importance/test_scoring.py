@@ -1,0 +1,308 @@
+"""Scores against finite differences and hand computation; batching, padding, processes, errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from test_gates import losses, make, slopes
+
+import hfprune
+from hfprune.errors import DataError, HfpruneError
+from hfprune.importance.criteria import CRITERIA, Evidence, criterion
+from hfprune.importance.gates import outlet_of
+from hfprune.importance.scoring import Scores, rank_correlation, score
+from hfprune.structure.anatomy import Anatomy
+from hfprune.structure.checkpoint import from_pretrained
+
+
+def total(model, batch):
+    """The summed loss in double precision; transformers' causal loss rounds to single."""
+    return losses(model, batch).sum()
+
+
+def rows(batch, at, width=None):
+    """Some examples of a batch, without the columns beyond `width`."""
+    return {
+        name: tensor[at] if tensor.dim() == 1 else tensor[at, :width]
+        for name, tensor in batch.items()
+    }
+
+
+def assert_same(one: Scores, other: Scores, **tolerance):
+    assert one.importance.keys() == other.importance.keys()
+    for name, groups in one.importance.items():
+        for group, values in groups.items():
+            torch.testing.assert_close(values, other.by(name)[group], **tolerance)
+    assert (one.examples, one.fingerprint) == (other.examples, other.fingerprint)
+    assert one.tokens == pytest.approx(other.tokens)
+
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-12}
+
+
+@pytest.fixture(params=["bert", "llama"])
+def family(request):
+    return request.param
+
+
+def test_taylor_and_fisher_are_what_finite_differences_say():
+    model, batch = make("bert")
+    scores = score(model, [batch], ["taylor", "fisher"])
+    for name, slope in slopes(model, batch).items():  # (examples, units)
+        torch.testing.assert_close(
+            scores.by("taylor")[name], slope.abs().mean(0), rtol=1e-6, atol=0
+        )
+        expected = slope.square().mean(0) / 2
+        torch.testing.assert_close(scores.by("fisher")[name], expected, rtol=1e-6, atol=1e-15)
+    assert scores.examples == 5
+    assert scores.tokens == int(batch["attention_mask"].sum()) / 5
+
+
+def test_the_models_own_loss_is_the_default(family):
+    model, batch = make(family)
+    single = {"rtol": 1e-4, "atol": 1e-7} if family == "llama" else CLOSE
+    assert_same(score(model, [batch]), score(model, [batch], loss=total), **single)
+
+
+def test_fisher_of_a_language_model_is_per_token():
+    model, batch = make("llama")
+    anatomy, expected = Anatomy.of(model), {}
+    for group in anatomy:  # one gate for every token of every example
+        gate = torch.ones(5, 7, group.units, dtype=torch.float64, requires_grad=True)
+
+        def scale(module, args, gate=gate, columns=group.columns):
+            return (args[0] * gate.repeat_interleave(columns, dim=-1),)
+
+        hook = outlet_of(model, group).register_forward_pre_hook(scale)
+        (slope,) = torch.autograd.grad(total(model, batch), gate)
+        hook.remove()
+        expected[group.name] = slope.square().sum(dim=(0, 1)) / (2 * 5)
+    found = score(model, [batch], ["fisher"], loss=total).by("fisher")
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, **CLOSE)
+
+
+def test_magnitude_and_activation_by_hand():
+    model, batch = make("llama")
+    scores = score(model, [batch], ["magnitude", "activation"], loss=total)
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    size, inputs = tiny.HEAD_DIM, {}
+    for name, outlet in (("o", attention.o_proj), ("down", mlp.down_proj)):
+        outlet.register_forward_pre_hook(lambda m, args, name=name: inputs.update({name: args[0]}))
+    with torch.no_grad():
+        losses(model, batch)
+    real = batch["attention_mask"].bool()
+    magnitude = scores.by("magnitude")
+    activation = scores.by("activation")
+    for head in range(tiny.HEADS):
+        at = slice(head * size, (head + 1) * size)
+        kv = slice(head // 2 * size, (head // 2 + 1) * size)
+        owned = [attention.q_proj.weight[at], attention.k_proj.weight[kv]]
+        owned += [attention.v_proj.weight[kv], attention.o_proj.weight[:, at]]
+        norm = torch.cat([w.flatten() for w in owned]).norm()
+        torch.testing.assert_close(magnitude["layers.0.self_attn"][head], norm, **CLOSE)
+        wanda = inputs["o"][real][:, at].norm(dim=0) * attention.o_proj.weight[:, at].norm(dim=0)
+        found = activation["layers.0.self_attn"][head]
+        torch.testing.assert_close(found, wanda.norm(), **CLOSE)
+    for neuron in (0, tiny.WIDTH - 1):
+        owned = [mlp.gate_proj.weight[neuron], mlp.up_proj.weight[neuron]]
+        owned += [mlp.down_proj.weight[:, neuron]]
+        name = "layers.0.mlp.down_proj"
+        torch.testing.assert_close(magnitude[name][neuron], torch.cat(owned).norm(), **CLOSE)
+        wanda = inputs["down"][real][:, neuron].norm() * mlp.down_proj.weight[:, neuron].norm()
+        torch.testing.assert_close(activation[name][neuron], wanda, **CLOSE)
+
+
+def test_scores_depend_neither_on_batches_nor_on_padding(family):
+    model, batch = make(family)
+    whole = score(model, [batch], loss=total)
+    for sizes in ((1, 1, 1, 1, 1), (2, 3), (4, 1)):
+        start, batches = 0, []
+        for size in sizes:
+            batches.append(rows(batch, slice(start, start + size)))
+            start += size
+        assert_same(score(model, batches, loss=total), whole, **CLOSE)
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    bare = [rows(batch, slice(i, i + 1), width) for i, width in enumerate(lengths)]
+    assert_same(score(model, bare, loss=total), whole, **CLOSE)
+
+
+def test_the_model_is_left_as_it_was(family):
+    model, batch = make(family)
+    model.train()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    score(model, [batch])
+    assert all(module.training for module in model.modules())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(p.equal(before[name]) for name, p in model.named_parameters())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_random_is_seeded_and_differs_between_groups():
+    model, batch = make("bert")
+    draws = [score(model, [batch], ["random"], seed=seed).by("random") for seed in (0, 0, 1)]
+    names = list(draws[0])
+    assert all(draws[0][n].equal(draws[1][n]) for n in names)
+    assert not any(draws[0][n].equal(draws[2][n]) for n in names)
+    assert not draws[0][names[0]].equal(draws[0][names[2]])
+
+
+def test_scores_come_back_from_their_folder(tmp_path):
+    model, batch = make("bert")
+    scores = score(model, [batch])
+    scores.save(tmp_path / "new" / "folder")
+    again = Scores.load(tmp_path / "new" / "folder")
+    assert_same(again, scores, rtol=0, atol=0)
+    assert again == Scores(again.importance, *[getattr(scores, f) for f in FIELDS])
+    assert [p.name for p in sorted((tmp_path / "new" / "folder").iterdir())] == [
+        "scores.json",
+        "scores.safetensors",
+    ]
+    scores.save(tmp_path / "new" / "folder")  # over itself
+    json.loads((tmp_path / "new" / "folder" / "scores.json").read_text())
+
+
+FIELDS = ("fingerprint", "examples", "tokens", "agreement")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_halves_agree_when_they_hold_the_same_examples(size):
+    model, batch = make("bert")
+    twice = rows(
+        batch, torch.tensor([0, 0, 1, 1, 2, 2])
+    )  # the halves are alike, example by example
+    batches = [rows(twice, slice(i, i + size)) for i in range(0, 6, size)]
+    agreement = score(model, batches).agreement
+    assert agreement == {"taylor": pytest.approx(1), "fisher": pytest.approx(1)}
+
+
+def test_the_halves_disagree_a_little_when_they_differ():
+    model, batch = make("bert")
+    batches = [rows(batch, slice(i, i + 1)) for i in range(4)]
+    for value in score(model, batches).agreement.values():
+        assert 0.1 < value < 0.999
+
+
+def test_rank_correlation_is_spearmans():
+    scipy = pytest.importorskip("scipy.stats")
+    generator = torch.Generator().manual_seed(0)
+    for ties in (1000, 5):
+        one, other = torch.randint(ties, (2, 40), generator=generator).double()
+        expected = scipy.spearmanr(one, one + other).statistic
+        assert rank_correlation(one, one + other) == pytest.approx(expected)
+
+
+def test_no_batches():
+    model, _ = make("bert")
+    with pytest.raises(DataError, match="no calibration batches"):
+        score(model, [])
+
+
+def test_no_labels():
+    model, batch = make("bert")
+    del batch["labels"]
+    with pytest.raises(DataError, match=r"no 'labels' \(it has input_ids, attention_mask\)"):
+        score(model, [batch])
+    headless = tiny.model("bert", "AutoModel")
+    with pytest.raises((DataError, TypeError), match="labels"):
+        score(headless, [batch | {"labels": torch.zeros(5, dtype=torch.long)}])
+
+
+def test_a_loss_that_is_not_finite_is_named_by_its_batch():
+    model, batch = make("bert")
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight[1] = torch.nan
+    batches = [rows(batch, slice(i, i + 1)) for i in range(4)]
+    batches[2] = batches[2] | {"input_ids": torch.ones_like(batches[2]["input_ids"])}
+    with pytest.raises(DataError, match="calibration batch 2 is nan"):
+        score(model, batches)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_an_unknown_criterion_names_the_nearest():
+    model, batch = make("bert")
+    with pytest.raises(HfpruneError, match=r"'tayler'\. Did you mean 'taylor'\?"):
+        score(model, [batch], ["tayler"])
+    scores = score(model, [batch], ["taylor"])
+    with pytest.raises(HfpruneError, match=r"Unknown criterion 'fisher'.*Available: taylor"):
+        scores.by("fisher")
+
+
+def test_a_loss_that_does_not_depend_on_the_units():
+    model, batch = make("bert")
+    with pytest.raises(DataError, match="does not depend on any head or neuron"):
+        score(model, [batch], loss=lambda model, batch: torch.tensor(1.0))
+
+    def early(model, batch):
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        return model(**inputs, output_hidden_states=True).hidden_states[2].square().sum()
+
+    with pytest.raises(DataError, match=r"does not depend on encoder\.layer\.2\.attention\.self"):
+        score(model, [batch], loss=early)
+
+
+@pytest.fixture
+def registry():
+    names = set(CRITERIA)
+    yield CRITERIA
+    for name in CRITERIA.keys() - names:
+        del CRITERIA[name]
+
+
+def test_a_criterion_of_ones_own(registry):
+    @hfprune.criterion
+    def outlet_only(evidence: Evidence) -> torch.Tensor:
+        return evidence.outlet.sum(dim=1)
+
+    model, batch = make("bert")
+    found = score(model, [batch]).by("outlet_only")
+    weight = model.bert.encoder.layer[1].output.dense.weight
+    expected = weight.detach().square().sum(dim=0)
+    torch.testing.assert_close(found["encoder.layer.1.output.dense"], expected, **CLOSE)
+    with pytest.raises(HfpruneError, match="'outlet_only' already"):
+        criterion(outlet_only)
+
+
+WORKER = """
+import os, sys, torch
+import torch.distributed as dist
+torch.set_num_threads(1)
+from hfprune.errors import DataError
+from hfprune.importance.scoring import score
+from hfprune.structure.checkpoint import from_pretrained
+folder, batches = sys.argv[1:]
+dist.init_process_group("gloo")
+model = from_pretrained(folder)
+batches = torch.load(batches)
+score(model, batches).save(f"{folder}/scores{os.environ['RANK']}")
+first = lambda model, batch: model(**batch, output_hidden_states=True).hidden_states[1].sum()
+try:
+    score(model, batches, loss=first)
+except DataError as error:
+    open(f"{folder}/error{os.environ['RANK']}", "w").write(str(error))
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_are_one(tmp_path):
+    model = tiny.model("llama")
+    model.save_pretrained(tmp_path)
+    batch = make("llama")[1]
+    batches = [rows(batch, slice(0, 2)), rows(batch, slice(2, 4)), rows(batch, slice(4, 5))]
+    torch.save(batches, tmp_path / "batches.pt")
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [tmp_path / "worker.py", tmp_path, tmp_path / "batches.pt"]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=120)
+    alone = score(from_pretrained(tmp_path), batches)
+    for rank in (0, 1):
+        both = Scores.load(Path(tmp_path, f"scores{rank}"))
+        assert_same(both, alone, rtol=1e-6, atol=1e-12)
+        assert both.agreement == pytest.approx(alone.agreement)
+        error = (tmp_path / f"error{rank}").read_text()
+        assert "does not depend on layers.1.self_attn" in error
