@@ -29,6 +29,7 @@ def run(recipe: RecipeFile) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     made = Recipe.load(recipe)
+    _quiet_loading()
     report = run_recipe(made, say=lambda line: console.print(line, markup=False, highlight=False))
     assert report is not None, "a whole run ends with a report"
     console.print(report.table())
@@ -106,12 +107,21 @@ def check(recipe: RecipeFile) -> None:
     typer.echo(f"{recipe} is a complete recipe.")
 
 
+def _quiet_loading() -> None:
+    """The pipeline says what it does; the bars of every load and save would drown it."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def main() -> None:
     """Entry point: errors that hfprune raises on purpose are one line, not a traceback."""
     from hfprune.errors import HfpruneError
 
     try:
         app()
-    except HfpruneError as error:
+    except (HfpruneError, OSError) as error:  # OSError: a model or file that is not there
         typer.echo(f"hfprune: {error}", err=True)
         raise SystemExit(2) from error

@@ -179,8 +179,15 @@ class PruningPlan:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> PruningPlan:
-        """The inverse of `save`."""
-        return PruningPlan.from_dict(json.loads(Path(path).read_text()))
+        """The inverse of `save`.
+
+        Raises:
+            HfpruneError: the file is not a plan, or one from a newer version.
+        """
+        try:
+            return PruningPlan.from_dict(json.loads(Path(path).read_text()))
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise HfpruneError(f"{path} is not a pruning plan that can be read: {error}") from error
 
     def __str__(self) -> str:
         return self.explain()
