@@ -155,7 +155,7 @@ class Anatomy:
         outside = total
         for number, stack in enumerate(row.stacks):
             others = []
-            for index, layer in enumerate(model.base_model.get_submodule(stack.layers)):  # type: ignore[arg-type]
+            for index, layer in enumerate(model.base_model.get_submodule(stack.layers).children()):
                 inside = sum(p.numel() for p in layer.parameters())
                 found = _groups(layer, stack, number, index)
                 experts = _experts(layer, stack, number, index)
@@ -203,7 +203,13 @@ class Anatomy:
         """The inverse of `to_dict`."""
         groups = tuple(Group(**group) for group in values["groups"])
         blocks = tuple(
-            Block(**{k: tuple(v) if isinstance(v, list) else v for k, v in block.items()})
+            Block(
+                **{
+                    **block,
+                    "unit_params": tuple(block["unit_params"]),
+                    "pinned": tuple(block["pinned"]),
+                }
+            )
             for block in values["blocks"]
         )
         return Anatomy(values["model_type"], groups, blocks, values["outside_params"])
@@ -231,15 +237,15 @@ def _check_plain(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel):
         wrapped = getattr(model, "module", None) or getattr(model, "base_model", None)
         hint = (
-            f"it wraps a {type(wrapped).__name__}: give the model inside, merged if it is a PEFT model"
+            f"it wraps a {type(wrapped).__name__}: give the model inside (merged, if it is PEFT's)"
             if wrapped is not None
             else "load one with AutoModel...from_pretrained"
         )
         raise UnsupportedModelError(f"A {name} is not a transformers model; {hint}.")
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         raise UnsupportedModelError(
-            f"This {name} is quantized: its weights cannot be cut. Load it unquantized, prune, then "
-            "quantize."
+            f"This {name} is quantized: its weights cannot be cut. Load it unquantized, prune, "
+            "then quantize."
         )
     modules = list(model.modules())
     if getattr(model, "_hf_peft_config_loaded", False) or any(
@@ -256,8 +262,8 @@ def _check_plain(model: PreTrainedModel) -> None:
         )
     if any(p.is_meta for p in model.parameters()):
         raise UnsupportedModelError(
-            f"This {name} has parameters on the meta device, without values: load its weights, then "
-            "prune."
+            f"This {name} has parameters on the meta device, without values: load its weights, "
+            "then prune."
         )
 
 
@@ -284,8 +290,8 @@ def _check_variant(model: PreTrainedModel, row: Row) -> None:
         ]
         if shared:
             raise UnsupportedModelError(
-                f"This {name} shares one tensor between {' and '.join(shared[0])}; cutting one would "
-                "cut the other."
+                f"This {name} shares one tensor between {' and '.join(shared[0])}; cutting one "
+                "would cut the other."
             )
         try:
             layers = model.base_model.get_submodule(stack.layers)
@@ -320,16 +326,16 @@ class Slice:
     @property
     def weights(self) -> int:
         """Scalars of matrices, per unit: what costs MACs."""
-        weight = self.module.weight
-        if weight.dim() < 2 or not isinstance(self.module, nn.Linear | Conv1D):  # type: ignore[union-attr,operator]
+        weight = _weight(self.module)
+        if weight.dim() < 2 or not isinstance(self.module, nn.Linear | Conv1D):
             return 0
-        return self._share(weight)  # type: ignore[arg-type]
+        return self._share(weight)
 
     @property
     def params(self) -> int:
         """All scalars, per unit."""
         bias = getattr(self.module, "bias", None)
-        owned = self._share(self.module.weight)  # type: ignore[arg-type]
+        owned = self._share(_weight(self.module))
         return owned + (self.rows.shape[1] if bias is not None and self.dim == 0 else 0)
 
     def _share(self, weight: torch.Tensor) -> int:
@@ -348,7 +354,18 @@ def axis_of(module: nn.Module, dim: int) -> int:
 
 def inputs_of(outlet: nn.Module) -> int:
     """Number of input columns of an outlet."""
-    return int(outlet.weight.shape[axis_of(outlet, 1)])  # type: ignore[union-attr,index]
+    return _size(outlet, 1)
+
+
+def _size(module: nn.Module, dim: int) -> int:
+    """Number of outputs (dim 0) or inputs (dim 1) of a module."""
+    return int(_weight(module).shape[axis_of(module, dim)])
+
+
+def _weight(module: nn.Module) -> torch.Tensor:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor), f"a {type(module).__name__} has no weight"
+    return weight
 
 
 def slices(model: PreTrainedModel, group: Group) -> list[Slice]:
@@ -373,10 +390,10 @@ def _head_slices(layer: nn.Module, row: Attention) -> list[Slice]:
     if not heads:
         return found
     q = layer.get_submodule(row.q)
-    outputs = q.weight.shape[axis_of(q, 0)] // dim  # type: ignore[union-attr,index]
+    outputs = _size(q, 0) // dim
     if row.layout == "split":
         k, v = layer.get_submodule(row.k), layer.get_submodule(row.v)
-        kv = k.weight.shape[axis_of(k, 0)] // dim  # type: ignore[union-attr,index]
+        kv = _size(k, 0) // dim
         found += [
             Slice(q, 0, _blocks(heads, dim)),
             Slice(k, 0, _blocks(kv, dim), per_kv=True),
@@ -450,11 +467,11 @@ def _experts(layer: nn.Module, stack: Stack, number: int, index: int) -> list[Bl
         return []
     assert stack.moe is not None
     router, experts = found
-    count = router.weight.shape[0]  # type: ignore[union-attr,index]
-    each = sum(p.numel() for m in (router, experts) for p in m.parameters()) // count  # type: ignore[operator]
+    count = _size(router, 0)
+    each = sum(p.numel() for m in (router, experts) for p in m.parameters()) // count
     name = f"{stack.layers}.{index}.{stack.moe.experts}"
     return [
-        Block(name, "expert", number, index, (each,) * count, least=int(router.top_k))  # type: ignore[operator,arg-type]
+        Block(name, "expert", number, index, (each,) * count, least=int(router.top_k))  # type: ignore[arg-type]
     ]
 
 

@@ -137,8 +137,8 @@ def _attention(at: str, names: str, **rest: Any) -> Attention:
     *inputs, outlet = names.split()
     q, k, v = inputs if len(inputs) == 3 else (*inputs, "", "")
     o = outlet[1:] if outlet.startswith("/") else f"{at}.{outlet}"
-    inside = {key: f"{at}.{name}" for key, name in (("q", q), ("k", k), ("v", v)) if name}
-    return Attention(at=at, o=o, **inside, **rest)
+    q, k, v = (name and f"{at}.{name}" for name in (q, k, v))
+    return Attention(at=at, q=q, k=k, v=v, o=o, **rest)
 
 
 _BERT_FFN = Ffn(("intermediate.dense",), "output.dense")
@@ -380,7 +380,7 @@ def row_of(model_type: str) -> Row:
 
 
 def family_table() -> str:
-    """The supported families as a markdown table, one line per way of being built, for the README."""
+    """The supported families as a markdown table, a line per way of being built, for the README."""
     alike: dict[tuple[tuple[Stack, ...], str], list[str]] = {}
     for name, row in ROWS.items():
         alike.setdefault((row.stacks, row.note), []).append(name)

@@ -100,7 +100,7 @@ HEAD_SETTINGS = ("num_attention_heads", "num_key_value_heads")
 
 
 def _settings(model: PreTrainedModel) -> dict[str, dict[tuple[int, str], int]]:
-    """What the config would have to say per layer: {sub-config or "": {(layer, setting): value}}."""
+    """What the config would have to say: {sub-config or "": {(layer, setting): value}}."""
     found: dict[str, dict[tuple[int, str], int]] = {}
     anatomy = Anatomy.of(model)
     emptied = {g.stack for g in anatomy if g.kind == "head" and not g.units}
@@ -138,8 +138,8 @@ def as_stock(model: PreTrainedModel) -> PreTrainedModel:
     if odd:
         path, entry = next(iter(odd.items()))
         raise CheckpointError(
-            f"A stock {model.config.model_type} config cannot hold this structure: {path} differs by "
-            f"{entry}. Prune every layer to the same widths, and to head counts that it can express."
+            f"A stock {model.config.model_type} config cannot hold this structure: {path} differs "
+            f"by {entry}. Prune all layers to the same widths, and to head counts it can express."
         )
     for name in (KEY, "auto_map"):
         if hasattr(model.config, name):
@@ -152,7 +152,7 @@ def _hub_origin(model: PreTrainedModel) -> dict[str, str]:
     """Id and revision of the Hub model that a model was loaded from, {} if it was not."""
     revision = getattr(model.config, "_commit_hash", None)
     name = model.name_or_path
-    if not revision or os.path.isabs(name) or os.path.exists(name):
+    if not revision or not name or os.path.isabs(name) or os.path.exists(name):
         return {}
     return {"id": name, "revision": revision}
 
@@ -221,7 +221,8 @@ def from_pretrained(
     """
     if kwargs.pop("ignore_mismatched_sizes", False):
         raise CheckpointError(
-            "ignore_mismatched_sizes would fill the pruned layers with random weights; load without it."
+            "ignore_mismatched_sizes would fill the pruned layers with random weights; load "
+            "without it."
         )
     hub = {
         k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs
@@ -234,11 +235,12 @@ def from_pretrained(
         raise CheckpointError(f"{model_id}: {error}") from error
     cls = _class_to_load(config, auto_class, model_id)
     try:
-        model, info = (pruned(cls) if modules else cls).from_pretrained(
+        loaded: Any = (pruned(cls) if modules else cls).from_pretrained(
             model_id, config=config, output_loading_info=True, **kwargs
         )
     except StructureError as error:
         raise CheckpointError(f"{model_id}: {error}") from error
+    model, info = loaded
     if modules and not auto_class:
         odd = {k: sorted(map(str, info[k])) for k in ("missing_keys", "unexpected_keys") if info[k]}
         if odd:

@@ -79,7 +79,7 @@ def _kv_count(group: Group, units: Sequence[int]) -> int:
 
 
 def counted_macs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> int:
-    """MACs of one real forward pass of the whole model, counted by torch's FlopCounterMode (half its FLOPs)."""
+    """MACs of one real forward pass of the whole model, as torch's FlopCounterMode counts."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -97,7 +97,7 @@ def counted_macs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> int:
 
 
 def anatomy_table(anatomy: Anatomy, tokens: int = 128) -> str:
-    """A table of the groups: layer, kind, units, parameters, MACs for one example of `tokens` tokens."""
+    """A table of the groups: kind, units, parameters, MACs for one example of `tokens` tokens."""
     rows = [("layer", "kind", "units", "parameters", f"MACs at {tokens} tokens")]
     for g in anatomy:
         kinds = f"{g.kind}s" if g.heads_per_kv == 1 else f"{g.kind}s in {g.kv_groups} KV groups"

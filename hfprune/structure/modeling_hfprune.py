@@ -87,7 +87,7 @@ def help_forward(module: nn.Module, name: str, heads: list[int]) -> None:
     known = PATCH in vars(module)
     vars(module)[PATCH] = {"name": name, "heads": heads}
     if name == "config_view":
-        config = vars(module.config)["config"] if known else module.config  # type: ignore[arg-type]
+        config = vars(module.config)["config"] if known else module.config
         module.config = ConfigView(config, len(heads))  # type: ignore[assignment]
         return
     if name == "own_bias" and not hasattr(module, "relative_attention_bias"):
@@ -114,7 +114,7 @@ def no_heads(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor
     if cache is not None and not cross:
         batch, tokens = hidden_states.shape[:2]
         placeholder = hidden_states.new_zeros(batch, 1, tokens, 1)
-        cache.update(placeholder, placeholder, module.layer_idx)
+        cache.update(placeholder, placeholder, int(module.layer_idx))  # type: ignore[arg-type]
     outlet = next(iter(module.children()), None)
     if outlet is not None:
         output = outlet(output)
@@ -139,7 +139,7 @@ def empty_attention(module: nn.Module, remains: str, patch: str = "") -> None:
     for name in [name for name, _ in module.named_parameters(recurse=False)]:
         delattr(module, name)
     # functools.partial, unlike a bound method, survives deepcopy and pickle; the class stays stock.
-    module.forward = functools.partial(no_heads, module)  # type: ignore[method-assign]
+    module.forward = functools.partial(no_heads, module)
     vars(module)[EMPTY] = remains
     module._forward_pre_hooks.clear()
     vars(module).pop(PATCH, None)
@@ -235,7 +235,8 @@ def checked(structure: Any) -> dict[str, dict[str, Any]]:
         raise StructureError(f"config.{KEY} is not a structure: it has no version number.")
     if version > VERSION:
         raise StructureError(
-            f"config.{KEY} has format version {version}; this code reads up to {VERSION}. Upgrade hfprune."
+            f"config.{KEY} has format version {version}; this code reads up to {VERSION}. "
+            "Upgrade hfprune."
         )
     modules = structure.get("modules")
     if not isinstance(modules, Mapping):
@@ -283,7 +284,7 @@ class Pruned:
         for name in config.sub_configs:
             getattr(config, name).per_layer_config = None
         config.per_layer_config = None
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
 
     def post_init(self) -> None:
         """Rebuild the structure before the weights are initialised or loaded."""
@@ -404,11 +405,13 @@ def _auto_mappings() -> dict[str, Any]:
     return {name: getattr(getattr(transformers, name), "_model_mapping", {}) for name in names}
 
 
-@functools.cache
 def pruned(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The class of a pruned `cls`. It keeps the name, by which losses, pipelines and Trainer look classes up."""
-    if issubclass(cls, Pruned):
-        return cls
+    """The class of a pruned `cls`, of the same name: losses, pipelines and Trainer go by it."""
+    return cls if issubclass(cls, Pruned) else _subclass(cls)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _subclass(cls: Any) -> Any:
     # A name that starts with "transformers." would pass for stock; the file to copy is found
     # through __module__.
     return type(cls.__name__, (Pruned, cls), {"_stock": cls, "__module__": __name__})

@@ -112,14 +112,15 @@ def check_selection(anatomy: Anatomy, selection: Selection) -> None:
         if len(set(counts.values())) > 1:
             raise HfpruneError(
                 f"{name}: every kept KV group must keep the same number of query heads, not "
-                f"{sorted(counts.values())}: the attention kernels repeat each key the same number of times."
+                f"{sorted(counts.values())}: attention repeats each key the same number of times."
             )
 
 
 def _check_block(block: Block, units: Sequence[int]) -> None:
     if len(set(units)) != len(units) or not all(0 <= unit < block.units for unit in units):
         raise HfpruneError(
-            f"{block.name}: the kept {block.kind}s must be distinct and lie in 0...{block.units - 1}."
+            f"{block.name}: the kept {block.kind}s must be distinct and lie in "
+            f"0...{block.units - 1}."
         )
     if len(units) < block.least or not set(block.pinned) <= set(units):
         need = f"at least {block.least}" + "".join(f", number {n} among them" for n in block.pinned)

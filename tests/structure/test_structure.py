@@ -317,3 +317,33 @@ def test_a_structure_that_a_stock_config_cannot_hold_is_refused():
 def test_the_family_table_lists_every_row():
     table = family_table()
     assert all(f"`{name}`" in table for name in ROWS)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+def test_adapters_train_on_a_pruned_model_and_merge_into_it(tmp_path):
+    model = tiny.model("llama")
+    inputs = tiny.batch(model)
+    model = copy_and_cut(model, tiny.selection(Anatomy.of(model)))
+    adapter = get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"]))
+    adapter(**inputs, labels=inputs["input_ids"]).loss.backward()
+    torch.optim.SGD(adapter.parameters(), lr=0.5).step()
+    merged = adapter.merge_and_unload()
+    expected = tiny.outputs(merged, inputs)
+    merged.save_pretrained(tmp_path)
+    again = from_pretrained(tmp_path, attn_implementation="eager", device_map="cpu")
+    assert tiny.outputs(again, inputs).equal(expected)
+
+
+def test_a_patch_alone_is_not_saved_because_a_stock_load_would_not_notice(tmp_path):
+    model = copy_and_cut(tiny.model("t5"), {"encoder.block": (1, 2)})
+    with pytest.raises(StructureError, match="No shape differs"):
+        model.save_pretrained(tmp_path / "t5")
+    assert not (tmp_path / "t5").exists()
+
+
+def test_dropped_layers_alone_need_no_hfprune(tmp_path):
+    model = copy_and_cut(tiny.model("gemma3_text"), {"layers": (0, 2)})
+    inputs = tiny.batch(model)
+    as_stock(model).save_pretrained(tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert tiny.outputs(plain, inputs).equal(tiny.outputs(model, inputs))
