@@ -40,7 +40,7 @@ class Budget:
         """
         if isinstance(text, Budget):
             return text
-        resource, equals, share = text.replace(" ", "").partition("=")
+        resource, equals, share = str(text).replace(" ", "").partition("=")
         try:
             percent = share.endswith("%")
             value = float(share.removesuffix("%")) / (100 if percent else 1)
@@ -53,4 +53,6 @@ class Budget:
         return Budget(resource, value)
 
     def __str__(self) -> str:
-        return f"{self.resource}={self.share * 100:g}%"
+        percent = f"{self.share * 100:g}"
+        exact = float(percent) / 100 == self.share  # or it would not be read back as this budget
+        return f"{self.resource}={percent}%" if exact else f"{self.resource}={self.share!r}"

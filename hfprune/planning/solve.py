@@ -9,6 +9,7 @@ programming over the few options that the bound cannot exclude is exact.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -144,7 +145,7 @@ def solve(
         raise BudgetError(
             f"No structure keeps only {budget}: with at least {constraints.min_heads} heads and"
             f" {constraints.min_neurons} neurons in every layer, the least is"
-            f" {budget.resource}={least / dense:.1%}."
+            f" {budget.resource}={_percent(least / dense)}."
         )
     chosen, gap = choose(
         [offer.cost for offer in offers], [offer.loss for offer in offers], limit - fixed
@@ -153,7 +154,7 @@ def solve(
     if spent < limit * (1 - constraints.tolerance):
         raise BudgetError(
             f"{budget} cannot be met within {constraints.tolerance:.0%}: the nearest below is "
-            f"{budget.resource}={spent / dense:.2%}. Ask for that, or for a finer round_to."
+            f"{budget.resource}={_percent(spent / dense)}. Ask for that, or for a finer round_to."
         )
     total = sum(float(importance[g.name].sum()) for g in anatomy)
     keep, lost = {}, {}
@@ -164,6 +165,11 @@ def solve(
     return PruningPlan(
         anatomy, keep, budget, criterion, tokens, lost, gap / total if total > 0 else 0.0
     )
+
+
+def _percent(share: float) -> str:
+    """A share that can be asked for: rounded up, so that what costs it fits."""
+    return f"{math.ceil(share * 1e4) / 100:.2f}%"
 
 
 def _options(

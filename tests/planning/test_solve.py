@@ -1,0 +1,312 @@
+"""The planner against brute force, and its plans against the real pruned models."""
+
+import itertools
+import math
+import re
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from hfprune.errors import BudgetError, HfpruneError
+from hfprune.importance.scoring import Scores
+from hfprune.planning.budget import Budget
+from hfprune.planning.solve import Constraints, choose, plan, solve
+from hfprune.structure.anatomy import Anatomy, Block, Group
+from hfprune.structure.cost import layers_macs, layers_params
+from hfprune.structure.surgery import copy_and_cut
+
+TOKENS = 9
+
+
+@st.composite
+def knapsacks(draw):
+    """(costs, losses, limit) of a few groups; losses are sixteenths: exact sums."""
+    costs, losses = [], []
+    for _ in range(draw(st.integers(1, 5))):
+        size = draw(st.integers(1, 5))
+        costs.append(np.array(draw(st.lists(st.integers(0, 30), min_size=size, max_size=size))))
+        loss = draw(st.lists(st.integers(0, 64), min_size=size, max_size=size))
+        losses.append(np.array(loss) / 16)
+    least, most = sum(c.min() for c in costs), sum(c.max() for c in costs)
+    return costs, losses, draw(st.integers(int(least), int(most) + 2))
+
+
+@settings(max_examples=150, deadline=None)
+@given(knapsacks())
+def test_choose_is_the_best_there_is(knapsack):
+    costs, losses, limit = knapsack
+    chosen, gap = choose(costs, losses, limit)
+    best = min(
+        sum(loss[i] for loss, i in zip(losses, options, strict=True))
+        for options in itertools.product(*(range(len(c)) for c in costs))
+        if sum(c[i] for c, i in zip(costs, options, strict=True)) <= limit
+    )
+    assert sum(c[i] for c, i in zip(costs, chosen, strict=True)) <= limit
+    assert sum(loss[i] for loss, i in zip(losses, chosen, strict=True)) == pytest.approx(best)
+    assert gap == 0
+
+
+def test_a_search_too_large_to_finish_says_how_far_it_may_be_off(monkeypatch):
+    monkeypatch.setattr("hfprune.planning.solve._MOST_STATES", 2)
+    generator = np.random.default_rng(0)
+    gaps = []
+    for _ in range(30):
+        costs = [generator.integers(1, 40, 4) for _ in range(5)]
+        losses = [generator.random(4) for _ in range(5)]
+        limit = int(sum(c.mean() for c in costs))
+        chosen, gap = choose(costs, losses, limit)
+        best = min(
+            sum(loss[i] for loss, i in zip(losses, options, strict=True))
+            for options in itertools.product(range(4), repeat=5)
+            if sum(c[i] for c, i in zip(costs, options, strict=True)) <= limit
+        )
+        assert sum(c[i] for c, i in zip(costs, chosen, strict=True)) <= limit
+        found = sum(loss[i] for loss, i in zip(losses, chosen, strict=True))
+        assert best - 1e-9 <= found <= best + gap + 1e-9
+        gaps.append(gap)
+    assert max(gaps) > 0
+
+
+def little_anatomy(heads_per_kv):
+    """Two layers of four heads and three neurons, with costs that differ."""
+    common = {"stack": 0, "shared_params": 3, "fixed_params": 8}
+    groups = []
+    for layer in range(2):
+        sizes = {"columns": 2, "unit_weights": 11 + layer, "unit_params": 13, "kv_weights": 10}
+        where = {"layer": layer, "part": 0, "outlet": f"{layer}.o"}
+        sizes |= {"kv_params": 12, "units": 4, "heads_per_kv": heads_per_kv}
+        groups.append(Group(name=f"{layer}.attn", kind="head", **where, **sizes, **common))
+        sizes = {"columns": 1, "unit_weights": 17, "unit_params": 19 + layer, "units": 3}
+        sizes |= {"kv_weights": 0, "kv_params": 0, "heads_per_kv": 1}
+        groups.append(Group(name=f"{layer}.ffn", kind="neuron", **where, **sizes, **common))
+    return Anatomy("little", tuple(groups), (Block("layers", "layer", 0, -1, (5, 5)),), 100)
+
+
+def subsets(group, least):
+    """Every choice of units that surgery takes: equally many heads per kept KV group."""
+    for count in range(least, group.units + 1):
+        for units in itertools.combinations(range(group.units), count):
+            per_kv = {
+                sum(u // group.heads_per_kv == kv for u in units) for kv in group.kv_of(units)
+            }
+            if len(per_kv) <= 1:
+                yield units
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from(["macs", "params"]),
+    st.floats(0.3, 0.95),
+    st.integers(0, 1),
+    st.integers(0, 2**31),
+)
+def test_solve_is_the_best_of_all_selections(heads_per_kv, resource, share, least, seed):
+    anatomy = little_anatomy(heads_per_kv)
+    generator = torch.Generator().manual_seed(seed)
+    importance = {
+        g.name: torch.rand(g.units, generator=generator, dtype=torch.float64) for g in anatomy
+    }
+
+    def cost(keep):
+        macs = resource == "macs"
+        return layers_macs(anatomy, TOKENS, keep) if macs else layers_params(anatomy, keep)
+
+    budget = Budget(resource, share)
+    limit = int(share * cost(anatomy.everything) + 0.5)
+    # Per group the best kept importance at each cost; then all combinations of those.
+    offers = []
+    for group in anatomy:
+        best = {}
+        for units in subsets(group, least):
+            price = cost(anatomy.everything | {group.name: units})
+            value = float(importance[group.name][list(units)].sum())
+            best[price] = max(best.get(price, (0.0, ())), (value, units))
+        offers.append(list(best.values()))
+    values = [
+        sum(value for value, _ in combination)
+        for combination in itertools.product(*offers)
+        if cost({g.name: u for g, (_, u) in zip(anatomy, combination, strict=True)}) <= limit
+    ]
+    constraints = Constraints(min_heads=least, min_neurons=least, tolerance=1.0)
+    arguments = {"criterion": "x", "constraints": constraints, "tokens": TOKENS}
+    if not values:
+        with pytest.raises(BudgetError):
+            solve(anatomy, importance, budget, **arguments)
+        return
+    made = solve(anatomy, importance, budget, **arguments)
+    assert cost(made.keep) <= limit
+    for group in anatomy:
+        assert made.keep[group.name] in set(subsets(group, least))
+        lost = 1 - importance[group.name][list(made.keep[group.name])].sum() / (
+            importance[group.name].sum()
+        )
+        assert made.lost[group.name] == pytest.approx(float(lost), abs=1e-9)
+    assert kept(made, importance) == pytest.approx(max(values))
+    assert made.gap == 0
+
+
+def kept(made, importance):
+    return sum(float(importance[name][list(units)].sum()) for name, units in made.keep.items())
+
+
+def scored(model, seed=0, skew=2):
+    """Scores of a model as if it had been scored: random, skewed as importance is."""
+    anatomy = Anatomy.of(model)
+    generator = torch.Generator().manual_seed(seed)
+    importance = {
+        g.name: torch.rand(g.units, generator=generator, dtype=torch.float64) ** skew
+        for g in anatomy
+    }
+    return Scores({"fisher": importance}, anatomy.fingerprint, 4, float(TOKENS), {})
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "t5"])
+@pytest.mark.parametrize("resource", ["macs", "params"])
+def test_a_larger_budget_never_keeps_less(family, resource):
+    model = tiny.model(family)
+    scores = scored(model)
+    shares = (0.3, 0.35, 0.5, 0.51, 0.52, 0.7, 0.9, 1.0)
+    any_slack = Constraints(min_heads=0, min_neurons=0, tolerance=1.0)
+    made = [plan(model, scores, Budget(resource, s), constraints=any_slack) for s in shares]
+    values = [kept(p, scores.by("fisher")) for p in made]
+    assert values == sorted(values)
+    assert values[0] < 0.9 * values[-1]
+    assert made[-1].keep == Anatomy.of(model).everything
+
+
+def layer_macs(model):
+    """MACs of the layers of one real forward pass over an example, counted by torch."""
+    ids = torch.arange(3, 3 + TOKENS)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    counts = {
+        name.split(".", 1)[1]: sum(flops.values()) // 2
+        for name, flops in counter.get_flop_counts().items()
+        if "." in name
+    }
+    names = {module: name for name, module in model.named_modules()}
+    stack = model.base_model.get_submodule(STACKS[model.config.model_type])
+    return sum(counts.get(names[layer], 0) for layer in stack)
+
+
+STACKS = {"bert": "encoder.layer", "llama": "layers", "gpt2": "h"}
+
+
+@pytest.mark.parametrize("family", STACKS)
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_the_budget_is_met_by_the_real_model(family, share):
+    model = tiny.model(family)
+    stack = STACKS[family]
+
+    def params(model):
+        return sum(p.numel() for p in model.base_model.get_submodule(stack).parameters())
+
+    for resource, count in (("macs", layer_macs), ("params", params)):
+        made = plan(model, scored(model), Budget(resource, share))
+        real = count(copy_and_cut(model, made.keep)) / count(model)
+        assert share * 0.99 <= real <= share * 1.0001
+        assert real == pytest.approx(getattr(made, f"{resource}_share"), rel=1e-9)
+
+
+def test_a_budget_that_no_structure_meets_names_the_nearest():
+    model = tiny.model("llama")
+    with pytest.raises(
+        BudgetError, match="at least 1 heads and 1 neurons in every layer"
+    ) as caught:
+        plan(model, scored(model), "macs=1%")
+    nearest = re.search(r"the least is (macs=[\d.]+%)", str(caught.value)).group(1)
+    made = plan(model, scored(model), nearest)
+    assert all(len(units) in (1, 2) for units in made.keep.values())
+    with pytest.raises(BudgetError, match="No structure"):
+        plan(model, scored(model), "macs=1%", constraints=Constraints(min_heads=0, min_neurons=20))
+
+
+def test_a_budget_between_two_structures_names_the_nearest():
+    model = tiny.model("bert")
+    coarse = Constraints(min_heads=4, min_neurons=0, round_to=24)
+    with pytest.raises(
+        BudgetError, match="cannot be met within 1%: the nearest below is"
+    ) as caught:
+        plan(model, scored(model), "params=80%", constraints=coarse)
+    nearest = re.search(r"below is (params=[\d.]+%)", str(caught.value)).group(1)
+    made = plan(model, scored(model), nearest, constraints=coarse)
+    assert made.params_share <= 0.8
+    loose = Constraints(min_heads=4, min_neurons=0, round_to=24, tolerance=0.5)
+    assert plan(model, scored(model), "params=80%", constraints=loose).keep == made.keep
+
+
+def test_floors_and_rounding_are_kept():
+    model = tiny.model("bert")
+    constraints = Constraints(min_heads=2, min_neurons=5, round_to=4, tolerance=0.2)
+    widths = set()
+    for share in (0.47, 0.6, 0.8):
+        made = plan(model, scored(model, skew=6), Budget("macs", share), constraints=constraints)
+        for group in made.anatomy:
+            count = len(made.keep[group.name])
+            if group.kind == "head":
+                assert count >= 2
+            else:
+                assert count >= 5 and count % 4 == 0
+                widths.add(count)
+    assert len(widths) > 1
+    bare = Constraints(min_heads=0, min_neurons=0, tolerance=0.5)
+    emptied = plan(model, scored(model), "macs=5%", constraints=bare)
+    assert () in emptied.keep.values()
+
+
+def test_a_width_that_is_no_multiple_may_stay_whole():
+    made = plan(
+        tiny.model("bert"), scored(tiny.model("bert")), "macs=100%",
+        constraints=Constraints(round_to=16),
+    )  # fmt: skip
+    assert made.keep == made.anatomy.everything  # 24 neurons
+
+
+def test_kv_groups_stay_whole_or_keep_equally_many_heads():
+    model = tiny.model("llama")
+    for seed in range(6):
+        made = plan(model, scored(model, seed), "macs=50%")
+        pruned = copy_and_cut(model, made.keep)
+        for group in Anatomy.of(pruned):
+            assert group.units == len(made.keep[group.name])
+
+
+def test_importance_all_zero_still_meets_the_budget():
+    model = tiny.model("bert")
+    scores = scored(model)
+    nothing = {name: torch.zeros_like(v) for name, v in scores.by("fisher").items()}
+    made = solve(
+        Anatomy.of(model), nothing, Budget("macs", 0.5), criterion="x",
+        constraints=Constraints(tolerance=1.0), tokens=TOKENS,
+    )  # fmt: skip
+    assert made.macs_share <= 0.5
+    assert all(math.isfinite(share) for share in made.lost.values())
+
+
+def test_scores_of_another_model_are_refused():
+    model = tiny.model("bert")
+    with pytest.raises(HfpruneError, match="measured on a model of another structure"):
+        plan(model, scored(tiny.model("llama")), "macs=50%")
+    with pytest.raises(HfpruneError, match=r"'taylor'.*Available: fisher"):
+        plan(model, scored(model), "macs=50%", criterion="taylor")
+
+
+def test_the_length_is_that_of_the_calibration_data_by_default():
+    model = tiny.model("llama")
+    assert plan(model, scored(model), "macs=50%").tokens == TOKENS
+    assert plan(model, scored(model), "macs=50%", tokens=50).tokens == 50
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"min_heads": -1}, {"min_neurons": -2}, {"round_to": 0}, {"tolerance": 0}]
+)
+def test_constraints_that_make_no_sense(wrong):
+    with pytest.raises(HfpruneError, match="must be 0 or more"):
+        Constraints(**wrong)
