@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hfprune.errors import DataError
+from hfprune.structure.anatomy import Group
 
 Batch = Mapping[str, torch.Tensor]
 Loss = Callable[[PreTrainedModel, Batch], torch.Tensor]
@@ -52,6 +53,17 @@ def is_token_level(batch: Batch) -> bool:
     """Whether the labels name a class for every token (language models, token classification)."""
     labels = batch.get("labels")
     return labels is not None and labels.dim() == 2 and not labels.is_floating_point()
+
+
+def is_decoder(model: PreTrainedModel, group: Group) -> bool:
+    """Whether a group of units lies in the decoder of an encoder-decoder."""
+    return model.config.is_encoder_decoder and group.stack == 1
+
+
+def padding_mask(batch: Batch, states: torch.Tensor, decoder: bool) -> torch.Tensor | None:
+    """The batch's (batch, tokens) mask of real tokens, where it has one that fits the states."""
+    mask = batch.get("decoder_attention_mask" if decoder else "attention_mask")
+    return mask if mask is not None and mask.shape == states.shape[:2] else None
 
 
 def shifts_labels(model: PreTrainedModel) -> bool:

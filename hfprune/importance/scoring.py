@@ -21,7 +21,14 @@ from transformers import PreTrainedModel
 from hfprune.errors import DataError, HfpruneError, unknown
 from hfprune.importance.criteria import CRITERIA, Evidence, criterion_named
 from hfprune.importance.gates import frozen, gate_gradients, outlet_of
-from hfprune.importance.losses import Batch, Loss, is_token_level, labels_loss
+from hfprune.importance.losses import (
+    Batch,
+    Loss,
+    is_decoder,
+    is_token_level,
+    labels_loss,
+    padding_mask,
+)
 from hfprune.structure.anatomy import Anatomy, Group, axis_of, slices
 
 _META = "scores.json"
@@ -115,7 +122,7 @@ def score(
     """
     wanted = {name: criterion_named(name) for name in criteria or CRITERIA}
     anatomy = Anatomy.of(model)
-    gathering = _Gathering(anatomy)
+    gathering = _Gathering(model, anatomy)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     total = len(batches) if isinstance(batches, Sized) else None
     with frozen(model), gate_gradients(model, anatomy, gathering.receive), torch.enable_grad():
@@ -170,12 +177,13 @@ def _ranks(values: torch.Tensor) -> torch.Tensor:
 class _Gathering:
     """Running sums per group, in two halves of the examples so that their agreement shows."""
 
-    def __init__(self, anatomy: Anatomy) -> None:
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
         self.absolute: dict[str, torch.Tensor] = {}
         self.squared: dict[str, torch.Tensor] = {}
         self.inputs: dict[str, torch.Tensor] = {}
         self.examples = 0
         self.tokens = 0
+        self._model = model
         self._anatomy = anatomy
         self._batch: Batch = {}
         self._index = 0
@@ -187,9 +195,8 @@ class _Gathering:
 
     def receive(self, group: Group, activation: torch.Tensor, gradient: torch.Tensor) -> None:
         """Add one group's input and gradient, each (batch, tokens, units x columns)."""
-        wide = torch.promote_types(
-            activation.dtype, torch.float32
-        )  # bf16 sums would lose small terms
+        # Sums in bf16 would lose small terms.
+        wide = torch.promote_types(activation.dtype, torch.float32)
         values = activation.to(wide)
         shape = (*values.shape[:-1], group.units, group.columns)
         product = (values * gradient.to(wide)).reshape(shape).sum(dim=-1)  # (batch, tokens, units)
@@ -199,7 +206,7 @@ class _Gathering:
         )
         if not torch.isfinite(squares).all():
             raise DataError(f"The gate gradients of {group.name} are not finite.")
-        mask = self._mask(values)
+        mask = padding_mask(self._batch, values, is_decoder(self._model, group))
         if mask is not None:
             values = values * mask.unsqueeze(-1).to(wide)
         self._add(self.absolute, group, self._halves(per_example.abs()))
@@ -209,11 +216,6 @@ class _Gathering:
             self._counted = True
             self.examples += len(per_example)
             self.tokens += int(values.shape[0] * values.shape[1] if mask is None else mask.sum())
-
-    def _mask(self, values: torch.Tensor) -> torch.Tensor | None:
-        """(batch, tokens) attention mask of the batch, where it fits this group's activations."""
-        mask = self._batch.get("attention_mask")
-        return mask if mask is not None and mask.shape == values.shape[:2] else None
 
     def _halves(self, values: torch.Tensor) -> torch.Tensor:
         """(batch, units) -> (2, units): sums over every other example of the batch.

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from hfprune.errors import DataError
 from hfprune.importance.gates import outlet_of
-from hfprune.importance.losses import Batch
+from hfprune.importance.losses import Batch, is_decoder, padding_mask
 from hfprune.structure.anatomy import Anatomy, Group, axis_of, layer_of
 from hfprune.structure.architectures import row_of
 
@@ -77,8 +77,9 @@ def compensate(
             changed = [g for g in groups if g.units < before[g.name].units]
             if not changed:
                 continue
-            ours = _calls(pruned, stack.layers, batches)
-            theirs = _calls(dense, stack.layers, batches)
+            decoder = is_decoder(pruned, changed[0])
+            ours = _calls(pruned, stack.layers, batches, decoder)
+            theirs = _calls(dense, stack.layers, batches, decoder)
             for layer in range(max(g.layer for g in groups) + 1):
                 here = [g for g in groups if g.layer == layer]
                 points = [_sum_point(dense, before[g.name], theirs[0], layer) for g in here]
@@ -105,9 +106,19 @@ def _eval(model: PreTrainedModel) -> Iterator[None]:
             module.training = training
 
 
-def _calls(model: PreTrainedModel, layers: str, batches: Sequence[Batch]) -> list[_Call]:
-    """Run the model once and keep how each of its layers is called."""
+class _Reached(Exception):
+    """The last layer has run; what comes after it need not."""
+
+
+def _calls(
+    model: PreTrainedModel, layers: str, batches: Sequence[Batch], decoder: bool
+) -> list[_Call]:
+    """Run the model up to its last layer and keep how each of its layers is called."""
     modules = list(model.base_model.get_submodule(layers).children())
+
+    def stop(module: nn.Module, args: object, output: object) -> None:
+        raise _Reached
+
     calls = []
     for batch in batches:
         seen: list[tuple[tuple[object, ...], dict[str, object]]] = []
@@ -121,18 +132,20 @@ def _calls(model: PreTrainedModel, layers: str, batches: Sequence[Batch]) -> lis
             seen.append((args, kwargs))
 
         hooks = [m.register_forward_pre_hook(see, with_kwargs=True) for m in modules]
+        hooks.append(modules[-1].register_forward_hook(stop))
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
         try:
-            inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
             model(**inputs, **({"use_cache": False} if model.can_generate() else {}))
+        except _Reached:
+            pass
         finally:
             for hook in hooks:
                 hook.remove()
         rest = [(args[1:], kwargs) for args, kwargs in seen]
         hidden = seen[0][0][0]
         assert isinstance(hidden, torch.Tensor)
-        mask = inputs.get("attention_mask")
-        fits = mask is not None and mask.shape == hidden.shape[:2]
-        calls.append(_Call(hidden, rest, mask.bool() if mask is not None and fits else None))
+        mask = padding_mask(inputs, hidden, decoder)
+        calls.append(_Call(hidden, rest, None if mask is None else mask.bool()))
     return calls
 
 
