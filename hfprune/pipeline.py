@@ -41,13 +41,13 @@ from hfprune.importance.criteria import criterion_named
 from hfprune.importance.scoring import Scores, score
 from hfprune.planning.plan import PruningPlan
 from hfprune.planning.solve import Constraints, plan
+from hfprune.pruning import remove
 from hfprune.publishing.figures import draw_kept, kept_as_text
 from hfprune.publishing.report import Report, Variant
 from hfprune.recipe import Distill, Finetune, Recipe
 from hfprune.recovery.compensation import compensate
 from hfprune.structure.checkpoint import from_pretrained
 from hfprune.structure.cost import counted_macs
-from hfprune.structure.surgery import copy_and_cut
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -330,7 +330,7 @@ class _Run:
         drawn.rename(path)
 
     def make_pruned(self, path: Path) -> None:
-        self.save(copy_and_cut(self.model("dense"), self.plan.keep), path)
+        self.save(remove(self.model("dense"), self.plan), path)
 
     def make_compensated(self, path: Path) -> None:
         refitted = compensate(self.model("dense"), self.model("pruned"), self.calibration)

@@ -58,7 +58,7 @@ def remove(
         HfpruneError: the plan is for another model.
     """
     plan.check_fits(Anatomy.of(model))
-    pruned = copy_and_cut(model, plan.keep)
+    pruned = copy_and_cut(model, plan.keep, plan.summary)
     return pruned if compensate is None else refit(model, pruned, compensate)
 
 

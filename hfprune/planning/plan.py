@@ -60,6 +60,17 @@ class PruningPlan:
         """Short hash of the plan; processes that must agree on a plan compare it."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """A few plain values for the lineage that a pruned model carries in its config."""
+        return {
+            "plan": self.fingerprint,
+            "budget": str(self.budget),
+            "criterion": self.criterion,
+            "macs_share": round(self.macs_share, 4),
+            "params_share": round(self.params_share, 4),
+        }
+
     def explain(self) -> str:
         """A table: per group what stays, what goes and at what loss of importance; then the budget
         before and after.
