@@ -1,0 +1,360 @@
+"""Compensation: never worse where it measures, exact where it can be, the model left in order."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+
+from hfprune.errors import DataError
+from hfprune.importance.gates import outlet_of
+from hfprune.recovery.compensation import _calls, _sum_point, compensate
+from hfprune.structure.anatomy import Anatomy, axis_of, layer_of
+from hfprune.structure.architectures import row_of
+from hfprune.structure.surgery import copy_and_cut
+
+FAMILIES = ["bert", "llama", "gpt2", "gemma3_text", "t5"]
+
+
+def batches(model, count=6, tokens=11, seed=0):
+    """Batches of four examples whose last tokens are padding in every other example."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        ids = torch.randint(3, tiny.VOCABULARY, (4, tokens), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[1::2, tokens - 3 :] = 0
+        batch = {"input_ids": ids.where(mask.bool(), 0), "attention_mask": mask}
+        if model.config.is_encoder_decoder:
+            answer = torch.randint(3, tiny.VOCABULARY, (4, 7), generator=generator)
+            batch |= {
+                "decoder_input_ids": answer,
+                "decoder_attention_mask": torch.ones_like(answer),
+            }
+            batch["decoder_attention_mask"][::2, 5:] = 0
+        made.append(batch)
+    return made
+
+
+def uneven(anatomy, share=0.5):
+    """A choice of half of every group's units, the first ones or the last."""
+    keep = {}
+    for number, group in enumerate(anatomy):
+        kept = max(1, round(group.kv_groups * share))
+        first = (group.kv_groups - kept) * (number % 2)
+        keep[group.name] = tuple(
+            unit
+            for unit in range(group.units)
+            if first <= unit // group.heads_per_kv < first + kept
+        )
+    return keep
+
+
+def stream(model, data):
+    """What each stack's layers leave in the residual stream, in every batch, without padding."""
+    found = []
+    stacks = row_of(model.config.model_type).stacks
+    ends = [model.base_model.get_submodule(stack.layers)[-1] for stack in stacks]
+    for batch in data:
+        hooks = [
+            end.register_forward_hook(
+                lambda module, args, out, batch=batch: found.append(flat(out, batch))
+            )
+            for end in ends
+        ]
+        with torch.no_grad():
+            model(**batch)
+        for hook in hooks:
+            hook.remove()
+    return torch.cat(found)
+
+
+def flat(out, batch):
+    out = out[0] if isinstance(out, tuple) else out
+    mask = batch["attention_mask"]
+    return (out[mask.bool()] if mask.shape == out.shape[:2] else out.flatten(0, 1)).double()
+
+
+def error(model, dense, data):
+    return float((stream(model, data) - stream(dense, data)).square().mean())
+
+
+def assert_close_models(one, other, **tolerance):
+    pairs = zip(one.named_parameters(), other.parameters(), strict=True)
+    for (name, p), q in pairs:
+        torch.testing.assert_close(p, q, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_nearer_to_the_dense_model_than_no_compensation(family):
+    dense = tiny.model(family)
+    data = batches(dense)
+    pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
+    refitted = compensate(dense, copy.deepcopy(pruned), data)
+    assert error(refitted, dense, data) < 0.9 * error(pruned, dense, data)
+    fresh = batches(dense, seed=7)
+    assert error(refitted, dense, fresh) < error(pruned, dense, fresh)
+
+
+def single(dense, group, kept):
+    """A model that lost units of one group only: then that outlet's error is the whole of it."""
+    return copy_and_cut(dense, {group.name: kept})
+
+
+def sums_error(dense, pruned, group, data):
+    """Mean squared error of the residual sum after an outlet, the rest of the model being equal."""
+    outlets = [outlet_of(model, group) for model in (dense, pruned)]
+    total = count = 0.0
+    for batch in data:
+        seen = []
+        hooks = [
+            o.register_forward_hook(lambda m, args, out: seen.append(flat(out, batch)))  # noqa: B023
+            for o in outlets
+        ]
+        with torch.no_grad():
+            dense(**batch)
+            pruned(**batch)
+        for hook in hooks:
+            hook.remove()
+        total += float((seen[0] - seen[1]).square().sum())
+        count += len(seen[0])
+    return total / count
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_outlets_error_never_grows_and_is_least_squares(family):
+    """Before the first cut nothing differs, so the outlet's own output is the sum's error."""
+    dense = tiny.model(family)
+    data = batches(dense, count=20)
+    for group in list(Anatomy.of(dense))[:2]:
+        pruned = single(dense, group, uneven(Anatomy.of(dense))[group.name])
+        before = sums_error(dense, pruned, group, data)
+        compensate(dense, pruned, data)
+        after = sums_error(dense, pruned, group, data)
+        assert after < before
+        assert after <= 1.1 * least_squares(dense, pruned, group, data) + 1e-9  # the ridge's
+
+
+def least_squares(dense, pruned, group, data):
+    """The least mean squared error that any outlet could have, by torch's own solver."""
+    inputs, targets = [], []
+    for batch in data:
+        hooks = [
+            outlet_of(pruned, group).register_forward_hook(
+                lambda m, args, out: inputs.append(flat(args[0], batch))  # noqa: B023
+            ),
+            outlet_of(dense, group).register_forward_hook(
+                lambda m, args, out: targets.append(flat(out, batch))  # noqa: B023
+            ),
+        ]
+        with torch.no_grad():
+            dense(**batch)
+            pruned(**batch)
+        for hook in hooks:
+            hook.remove()
+    x, y = torch.cat(inputs), torch.cat(targets)
+    if getattr(outlet_of(pruned, group), "bias", None) is not None:
+        x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
+    return float((x @ torch.linalg.lstsq(x, y).solution - y).square().sum() / len(x))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keeping_everything_changes_nothing(family):
+    dense = tiny.model(family)
+    same = copy_and_cut(dense, Anatomy.of(dense).everything)
+    compensate(dense, same, batches(dense))
+    assert_close_models(same, dense, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gemma3_text"])
+def test_layers_before_the_first_cut_stay_as_they_were(family):
+    dense = tiny.model(family)
+    anatomy = Anatomy.of(dense)
+    keep = {g.name: u for g, u in zip(anatomy, uneven(anatomy).values(), strict=True) if g.layer}
+    pruned = compensate(dense, copy_and_cut(dense, keep), batches(dense))
+    first = next(iter(anatomy))
+    assert_close_models(layer_of(pruned, first), layer_of(dense, first), rtol=0, atol=0)
+
+
+def rows_of(module, values, unit, other, size, scale=1.0):
+    """Make a unit's output rows a multiple of another's."""
+    for tensor in [module.weight, *([module.bias] if module.bias is not None else [])]:
+        tensor[unit * size : (unit + 1) * size] = scale * tensor[other * size : (other + 1) * size]
+
+
+@torch.no_grad()
+def test_a_neuron_that_is_a_copy_is_taken_over_exactly():
+    dense = tiny.model("bert")
+    for layer in dense.base_model.encoder.layer:
+        for unit in range(4):  # 0...3 say what 4...7 say
+            rows_of(layer.intermediate.dense, None, unit, unit + 4, 1)
+    keep = {g.name: range(4, g.units) for g in Anatomy.of(dense) if g.kind == "neuron"}
+    exact_when_refitted(dense, keep)
+
+
+@torch.no_grad()
+def test_a_neuron_that_is_a_sum_of_kept_ones_is_taken_over_exactly():
+    dense = tiny.model("llama")  # its up projection is linear
+    for layer in dense.base_model.layers:
+        gate, up = layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight
+        gate[0], gate[2] = gate[1], gate[1]
+        up[0] = 2 * up[1] - 0.5 * up[2]
+    keep = {g.name: range(1, g.units) for g in Anatomy.of(dense) if g.kind == "neuron"}
+    exact_when_refitted(dense, keep)
+
+
+@torch.no_grad()
+def test_a_head_that_is_a_copy_is_taken_over_exactly():
+    dense = tiny.model("llama")
+    size = tiny.HEAD_DIM
+    for layer in dense.base_model.layers:
+        attention = layer.self_attn
+        rows_of(attention.q_proj, None, 0, 2, size)  # head 0 of KV group 0 is head 2 of KV group 1
+        rows_of(attention.q_proj, None, 1, 3, size)
+        rows_of(attention.k_proj, None, 0, 1, size)
+        rows_of(attention.v_proj, None, 0, 1, size, scale=-3.0)
+    keep = {g.name: (2, 3) for g in Anatomy.of(dense) if g.kind == "head"}
+    exact_when_refitted(dense, keep)
+
+
+def exact_when_refitted(dense, keep):
+    """The removed units are linear copies: all of the error is the ridge's and goes with it."""
+    data = batches(dense, count=12)
+    pruned = copy_and_cut(dense, keep)
+    before = error(pruned, dense, data)
+    after = error(compensate(dense, pruned, data), dense, data)
+    assert before > 1e-2
+    assert after < 1e-4 * before
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_bfloat16(family):
+    dense = tiny.model(family, dtype=torch.bfloat16)
+    data = batches(dense)
+    pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
+    refitted = compensate(dense, copy.deepcopy(pruned), data)
+    assert {p.dtype for p in refitted.parameters()} == {torch.bfloat16}
+    assert error(refitted, dense, data) < error(pruned, dense, data)
+
+
+def test_no_bias_is_made():
+    dense = tiny.model("llama")
+    pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
+    names = [name for name, _ in pruned.named_parameters()]
+    compensate(dense, pruned, batches(dense))
+    assert [name for name, _ in pruned.named_parameters()] == names
+    assert not any("bias" in name for name in names)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_bias_is_refitted(family):
+    dense = tiny.model(family)
+    pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
+    before = [outlet_of(pruned, g).bias.clone() for g in Anatomy.of(pruned)]
+    compensate(dense, pruned, batches(dense))
+    for group, bias in zip(Anatomy.of(pruned), before, strict=True):
+        assert not torch.allclose(outlet_of(pruned, group).bias, bias)
+
+
+def test_an_emptied_group_gets_the_mean_as_its_bias():
+    dense = tiny.model("bert")
+    data = batches(dense)
+    first = next(g for g in Anatomy.of(dense) if g.kind == "head")
+    pruned = single(dense, first, ())
+    compensate(dense, pruned, data)
+    outputs = []
+    hook = outlet_of(dense, first).register_forward_hook(lambda m, a, out: outputs.append(out))
+    with torch.no_grad():
+        for batch in data:
+            dense(**batch)
+    hook.remove()
+    real = torch.cat(
+        [out[b["attention_mask"].bool()] for out, b in zip(outputs, data, strict=True)]
+    )
+    torch.testing.assert_close(
+        outlet_of(pruned, first).bias.detach(), real.mean(dim=0), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_only_outlets_change_and_modes_come_back(family):
+    dense = tiny.model(family)
+    pruned = copy_and_cut(dense, uneven(Anatomy.of(dense))).train()
+    dense.train()
+    layer_of(dense, next(iter(Anatomy.of(dense)))).eval()
+    modes = [[m.training for m in model.modules()] for model in (dense, pruned)]
+    before = [copy.deepcopy(model.state_dict()) for model in (dense, pruned)]
+    assert compensate(dense, pruned, batches(dense)) is pruned
+    assert [[m.training for m in model.modules()] for model in (dense, pruned)] == modes
+    assert all(p.requires_grad and p.grad is None for p in pruned.parameters())
+    for model in (dense, pruned):
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(dense.state_dict()[name].equal(tensor) for name, tensor in before[0].items())
+    outlets = tuple(f"{g.outlet}." for g in Anatomy.of(pruned))
+    for name, tensor in before[1].items():
+        inside = name.removeprefix(f"{pruned.base_model_prefix}.")
+        assert pruned.state_dict()[name].equal(tensor) != inside.startswith(outlets), name
+
+
+@pytest.mark.parametrize(
+    ("family", "points"),
+    [
+        ("bert", ["attention.output.LayerNorm", "output.LayerNorm"]),
+        ("llama", ["post_attention_layernorm", ""]),
+        ("gpt2", ["ln_2", ""]),
+        ("gemma3_text", [None, None]),
+        ("t5", ["layer.1", ""]),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_point_is_where_the_outlet_joins_the_stream(family, points, dtype):
+    model = tiny.model(family, dtype=dtype)
+    with torch.no_grad():
+        stack = row_of(family).stacks[0]
+        (call,) = _calls(model, stack.layers, batches(model, count=1), decoder=False)
+        groups = [g for g in Anatomy.of(model) if g.stack == 0 and g.layer == 0]
+        assert [_sum_point(model, group, call, 0) for group in groups] == points
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_padding_does_not_matter(family):
+    dense = tiny.model(family)
+    pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
+    data = batches(dense)
+    longer = []
+    for batch in data:
+        wide = dict(batch)
+        for name, tensor in batch.items():
+            wide[name] = torch.nn.functional.pad(tensor, (0, 5))
+        longer.append(wide)
+    one = compensate(dense, copy.deepcopy(pruned), data)
+    other = compensate(dense, copy.deepcopy(pruned), longer)
+    for group in Anatomy.of(pruned):
+        weights = [outlet_of(model, group).weight.detach() for model in (one, other)]
+        assert weights[0].shape[axis_of(outlet_of(one, group), 1)] == group.units * group.columns
+        torch.testing.assert_close(*weights, rtol=2e-2, atol=2e-3)
+
+
+def test_labels_are_not_read():
+    dense = tiny.model("llama")
+    pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
+    data = batches(dense)
+    wrong = [batch | {"labels": torch.full((4, 11), 10_000)} for batch in data]
+    one = compensate(dense, copy.deepcopy(pruned), data)
+    assert_close_models(compensate(dense, pruned, wrong), one, rtol=0, atol=0)
+
+
+def test_no_batches():
+    dense = tiny.model("bert")
+    pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
+    with pytest.raises(DataError, match="no calibration batches"):
+        compensate(dense, pruned, [])
+
+
+def test_few_tokens_do_no_harm():
+    dense = tiny.model("bert")
+    pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
+    data = [{name: tensor[:1, :4] for name, tensor in batches(dense)[0].items()}]
+    fresh = batches(dense, seed=7)
+    refitted = compensate(dense, copy.deepcopy(pruned), data)
+    assert error(refitted, dense, fresh) < 2 * error(pruned, dense, fresh)
