@@ -6,7 +6,8 @@ trust_remote_code=True)` works where hfprune is not installed. `config.hfprune` 
 to the stock model of the same config:
 
     {"version": 1, "modules": {path in the base model: {"shapes": {parameter: shape},
-     "attrs": {name: int}, "empty": child that remains, "patch": {"name": ..., "heads": [...]}}}}
+     "attrs": {name: int}, "empty": child that remains, "patch": {"name": ..., "heads": [...]}}},
+     "base": {"id", "revision"}, "lineage": [plan summaries], "per_layer": upstream's schema}
 
 All values are absolute and may only shrink what the stock model has; anything else is refused
 before it is built.
@@ -205,9 +206,11 @@ def _rebuild(module: nn.Module, path: str, entry: Mapping[str, Any]) -> None:
         setattr(module, name, value)
     parameters = dict(module.named_parameters(recurse=False))
     for name, shape in entry.get("shapes", {}).items():
-        stock_shape = tuple(parameters[name].shape) if name in parameters else ()
-        if len(shape) != len(stock_shape) or any(
-            new > old for new, old in zip(shape, stock_shape, strict=True)
+        stock_shape = tuple(parameters[name].shape) if name in parameters else None
+        if (
+            stock_shape is None
+            or len(shape) != len(stock_shape)
+            or any(new > old for new, old in zip(shape, stock_shape, strict=True))
         ):
             raise StructureError(f"{where}.{name} has shape {shape}, stock has {stock_shape}.")
         setattr(module, name, nn.Parameter(parameters[name].new_empty(shape)))
@@ -238,6 +241,9 @@ def checked(structure: Any) -> dict[str, dict[str, Any]]:
             f"config.{KEY} has format version {version}; this code reads up to {VERSION}. "
             "Upgrade hfprune."
         )
+    for part, kind in (("base", Mapping), ("lineage", list), ("per_layer", Mapping)):
+        if part in structure and not isinstance(structure[part], kind):
+            raise StructureError(f"config.{KEY}.{part} is a {type(structure[part]).__name__}.")
     modules = structure.get("modules")
     if not isinstance(modules, Mapping):
         raise StructureError(
@@ -348,7 +354,8 @@ def write_per_layer_config(path: Path) -> None:
     """Say in upstream's own schema too what it can say: a stock class then refuses to be built."""
     config = json.loads(path.read_text())
     for part, layers in config[KEY].get("per_layer", {}).items():
-        (config[part] if part else config)["per_layer_config"] = layers
+        if part == "" or isinstance(config.get(part), dict):
+            (config[part] if part else config)["per_layer_config"] = layers
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
