@@ -22,9 +22,10 @@ def load_texts(data: Data) -> dict[str, Dataset]:
     """The three splits as they are on disk or on the Hub.
 
     Raises:
-        DataError: a split is empty, or lacks a column that the recipe names.
+        DataError: a split is empty, or is no file of the kind that its name says.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     names = {split: getattr(data, split) for split in SPLITS}
     if data.dataset:
@@ -39,7 +40,13 @@ def load_texts(data: Data) -> dict[str, Dataset]:
             ending = name.rsplit(".", 1)[-1]
             if ending not in kinds:
                 raise DataError(unknown("kind of data file", ending, kinds))
-            loaded[split] = load_dataset(kinds[ending], data_files=name, split="train")
+            try:
+                loaded[split] = load_dataset(kinds[ending], data_files=name, split="train")
+            except (StopIteration, ValueError, DatasetsError) as error:
+                why = str(error.__cause__ or error).partition("\n")[0] or "it is empty"
+                raise DataError(
+                    f"data.{split} ({name}) has no examples that can be read as {ending}: {why}"
+                ) from error
     for split, dataset in loaded.items():
         if not len(dataset):
             raise DataError(f"data.{split} ({names[split]}) has no examples.")
@@ -52,7 +59,7 @@ def labelled(
     """Tokenised examples for classification: input_ids, attention_mask, ... and labels.
 
     Raises:
-        DataError: a column is missing.
+        DataError: a column is missing, or a label is not a class number.
     """
     columns = [data.text] + ([data.text_pair] if data.text_pair else [])
     for split, dataset in texts.items():
@@ -61,6 +68,12 @@ def labelled(
                 raise DataError(
                     f"data.{split}: {unknown('column', column, dataset.column_names)} Name it in"
                     " `data`."
+                )
+        for row, label in enumerate(dataset[data.label]):
+            if type(label) is not int or label < 0:
+                raise DataError(
+                    f"data.{split}: the {data.label!r} of example {row} is {label!r}; it must be"
+                    " the number of a class, 0 or more."
                 )
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:

@@ -275,7 +275,7 @@ class _Run:
             model = AutoModelForCausalLM.from_pretrained(self.recipe.model, **extra)
         else:
             if self.recipe.finetune:  # a new task: as many classes as the labels have
-                extra["num_labels"] = len(set(self.splits["train"]["labels"]))
+                extra["num_labels"] = 1 + max(max(s["labels"]) for s in self.splits.values())
             model = AutoModelForSequenceClassification.from_pretrained(self.recipe.model, **extra)
         if self.recipe.gguf_file:
             # The weights are plain tensors by now; what is left of the GGUF loader only forbids

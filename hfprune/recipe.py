@@ -5,6 +5,7 @@ loaded.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import types
 import typing
@@ -16,6 +17,11 @@ from typing import Any, Literal
 from hfprune.errors import RecipeError, unknown
 
 Task = Literal["text-classification", "text-generation"]
+
+_MAY_BE_ZERO = {
+    "seed", "threads", "weight_decay", "warmup", "min_heads", "min_neurons",
+    "task_weight", "logits_weight", "hidden_weight",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -182,7 +188,7 @@ class Recipe:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise RecipeError(f"Cannot read the recipe {path}: {error.strerror}.") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path} is not YAML: {error}") from error
         recipe = Recipe.from_dict(values)
         recipe.check()
@@ -203,12 +209,18 @@ class Recipe:
         Raises:
             RecipeError: names the field, what it holds and what it may hold.
         """
+        from hfprune.importance.criteria import criterion_named
         from hfprune.planning.budget import Budget
 
         Budget.parse(self.prune.budget)
-        for name, value in self._positive():
-            if value <= 0:
-                raise RecipeError(f"{name} must be more than 0, not {value}.")
+        criterion_named(self.prune.criterion)
+        for name, value in self._numbers():
+            setting = name.rpartition(".")[2]
+            if not (0 < value < math.inf or (value == 0 and setting in _MAY_BE_ZERO)):
+                least = "0 or more" if setting in _MAY_BE_ZERO else "more than 0"
+                raise RecipeError(f"{name} must be {least}, not {value}.")
+            if setting == "warmup" and value >= 1:
+                raise RecipeError(f"{name} must be a share of the steps, below 1, not {value}.")
         if not self.data.dataset:
             for split in ("train", "dev", "test"):
                 file = Path(getattr(self.data, split))
@@ -225,12 +237,8 @@ class Recipe:
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise RecipeError(f"output: cannot write below {parent}; choose another folder.")
 
-    def _positive(self) -> list[tuple[str, float]]:
-        """Every number of the recipe that makes no sense at 0 or below, by name."""
-        may_be_zero = {
-            "seed", "threads", "weight_decay", "warmup", "min_heads", "min_neurons",
-            "task_weight", "logits_weight", "hidden_weight",
-        }  # fmt: skip
+    def _numbers(self) -> list[tuple[str, float]]:
+        """Every number of the recipe, by name."""
         found: list[tuple[str, float]] = []
         for name, part in (
             ("", self),
@@ -240,11 +248,7 @@ class Recipe:
                 for f in dataclasses.fields(part):
                     value = getattr(part, f.name)
                     numbers = value if isinstance(value, tuple) else (value,)
-                    found += [
-                        (name + f.name, n)
-                        for n in numbers
-                        if type(n) in (int, float) and f.name not in may_be_zero
-                    ]
+                    found += [(name + f.name, n) for n in numbers if type(n) in (int, float)]
         return found
 
 
