@@ -108,12 +108,13 @@ def check(recipe: RecipeFile) -> None:
 
 
 def _quiet_loading() -> None:
-    """The pipeline says what it does; the bars of every load and save would drown it."""
+    """The pipeline says what it does; the bars and notes of every load and save would drown it."""
     import datasets
     import transformers
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
 
 
 def main() -> None:
