@@ -151,6 +151,8 @@ class _Run:
             else:
                 self.say(f"{step.name} ...")
                 start = time.perf_counter()
+                if done.pop(step.artefact, None):  # it is about to be another recipe's
+                    self._write_json(_KEYS, done)
                 self._make(step, key)
                 seconds = time.perf_counter() - start
                 done[step.artefact] = {"key": key, "seconds": round(seconds, 1)}
@@ -260,10 +262,20 @@ class _Run:
     # The steps.
 
     def make_dense(self, path: Path) -> None:
+        self._check_data()
         model = self._load_dense()
         if self.recipe.finetune:
             self._finetune(model, self.recipe.finetune)
         self.save(model, path)
+
+    def _check_data(self) -> None:
+        """Read the data before any model: what is wrong with it shows at once, not at the end."""
+        largest, examples = max(self.recipe.measure.batch_sizes), len(self.splits["test"])
+        if largest > examples:
+            raise RecipeError(
+                f"measure.batch_sizes: data.test makes {examples} examples, too few for a batch of"
+                f" {largest}."
+            )
 
     def _load_dense(self) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification

@@ -269,22 +269,23 @@ def test_a_criterion_of_ones_own(registry):
 
 
 WORKER = """
-import os, sys, torch
+import sys, torch
 import torch.distributed as dist
 torch.set_num_threads(1)
 from hfprune.errors import DataError
 from hfprune.importance.scoring import score
 from hfprune.structure.checkpoint import from_pretrained
-folder, batches = sys.argv[1:]
-dist.init_process_group("gloo")
+folder, batches, rank = sys.argv[1:]
+rank = int(rank)
+dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
 model = from_pretrained(folder)
 batches = torch.load(batches)
-score(model, batches).save(f"{folder}/scores{os.environ['RANK']}")
+score(model, batches).save(f"{folder}/scores{rank}")
 first = lambda model, batch: model(**batch, output_hidden_states=True).hidden_states[1].sum()
 try:
     score(model, batches, loss=first)
 except DataError as error:
-    open(f"{folder}/error{os.environ['RANK']}", "w").write(str(error))
+    open(f"{folder}/error{rank}", "w").write(str(error))
 dist.destroy_process_group()
 """
 
@@ -295,10 +296,13 @@ def test_two_processes_are_one(tmp_path):
     batch = make("llama")[1]
     batches = [rows(batch, slice(0, 2)), rows(batch, slice(2, 4)), rows(batch, slice(4, 5))]
     torch.save(batches, tmp_path / "batches.pt")
-    (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [tmp_path / "worker.py", tmp_path, tmp_path / "batches.pt"]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=120)
+    command = [sys.executable, "-c", WORKER, tmp_path, tmp_path / "batches.pt"]
+    workers = [subprocess.Popen([*map(str, command), str(rank)]) for rank in (0, 1)]
+    try:
+        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
     alone = score(from_pretrained(tmp_path), batches)
     for rank in (0, 1):
         both = Scores.load(Path(tmp_path, f"scores{rank}"))

@@ -1,0 +1,384 @@
+"""The whole walk on tiny models: what it leaves, what it does not repeat, how it survives."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from test_data import sentences, tiny_tokenizer, write
+
+import hfprune
+from hfprune import pipeline
+from hfprune.errors import DataError, HfpruneError, RecipeError
+from hfprune.importance.scoring import Scores
+from hfprune.planning.plan import PruningPlan
+from hfprune.publishing.report import Report
+from hfprune.recipe import Recipe
+
+STEPS = {
+    "dense": "Fine-tuning the dense model",
+    "scores": "Scoring heads and neurons",
+    "plan.json": "Planning",
+    "kept.png": "Drawing what stays",
+    "pruned": "Removing",
+    "compensated": "Compensating by least squares",
+    "distilled": "Distilling",
+    "reloaded.json": "Reloading in a fresh process",
+    "report.json": "Evaluating and measuring",
+}
+
+
+def make(folder: Path, family="bert", **changes) -> Recipe:
+    """A recipe for a tiny random model and a few made-up sentences, all in one folder."""
+    folder.mkdir(exist_ok=True)
+    head = "AutoModelForSequenceClassification" if family == "bert" else None
+    tiny.model(family, head).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    files = write(folder, train=sentences(40), dev=sentences(8, 1), test=sentences(12, 2))
+    values = {
+        "model": str(folder / "model"),
+        "output": str(folder / "run"),
+        "data": {n: getattr(files, n) for n in ("train", "dev", "test")} | {"max_length": 12},
+        "finetune": {"epochs": 1, "learning_rate": 1e-3, "batch_size": 8},
+        "score": {"examples": 24, "batch_size": 4},
+        "prune": {"budget": "macs=50%"},
+        "distill": {"epochs": 1, "learning_rate": 1e-3, "batch_size": 8},
+        "measure": {"batch_sizes": [1, 4], "repeats": 2},
+    }
+    return Recipe.from_dict(values | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that went through: (recipe, report, what it said)."""
+    recipe = make(tmp_path_factory.mktemp("finished"))
+    said = []
+    return recipe, hfprune.run(recipe, say=said.append), said
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run, to go on with: the recipe whose output it is."""
+    recipe = finished[0]
+    shutil.copytree(recipe.output, tmp_path / "run")
+    return dataclasses.replace(recipe, output=str(tmp_path / "run"))
+
+
+def at(recipe: Recipe, name: str = "") -> Path:
+    return Path(recipe.output, name)
+
+
+def changed(recipe: Recipe, section: str, **values) -> Recipe:
+    part = dataclasses.replace(getattr(recipe, section), **values)
+    return dataclasses.replace(recipe, **{section: part})
+
+
+def done_before(said):
+    return [name for name, text in STEPS.items() if f"{text}: done before" in said]
+
+
+def times(recipe: Recipe, *names):
+    """When each file was last written, by its path in the run's folder."""
+    paths = [p for name in names for p in (at(recipe, name), *at(recipe, name).rglob("*"))]
+    return {p.relative_to(recipe.output): p.stat().st_mtime_ns for p in paths}
+
+
+def leftovers(recipe: Recipe):
+    return [p.name for p in at(recipe).iterdir() if p.name[0] == "." or p.name.endswith(".tmp")]
+
+
+def test_a_run_leaves_every_artefact(finished):
+    recipe, _, said = finished
+    found = {p.name for p in at(recipe).iterdir()}
+    assert found == {*STEPS, "steps.json", "recipe.yaml", "report.md"}
+    assert not done_before(said)
+    for text in STEPS.values():
+        assert f"{text} ..." in said
+    assert Recipe.from_dict(yaml.safe_load(at(recipe, "recipe.yaml").read_text())) == recipe
+    reloaded = json.loads(at(recipe, "reloaded.json").read_text())
+    assert reloaded["model"] == "distilled"
+    assert reloaded["largest_logit_difference"] == {"hfprune": 0, "remote-code": 0}
+    assert at(recipe, "kept.png").read_bytes().startswith(b"\x89PNG")
+    plan = PruningPlan.load(at(recipe, "plan.json"))
+    assert 0.49 < plan.macs_share <= 0.5
+    assert plan.explain() in said
+    scores = Scores.load(at(recipe, "scores"))
+    assert {"fisher", "magnitude", "random"} <= scores.importance.keys()
+    assert scores.examples == 24
+
+
+def test_every_variant_is_a_model_with_its_tokenizer(finished):
+    recipe, _, _ = finished
+    plan = PruningPlan.load(at(recipe, "plan.json"))
+    weights = {}
+    for name in ("dense", "pruned", "compensated", "distilled"):
+        model = hfprune.from_pretrained(at(recipe, name))
+        kept = {g.name: g.units for g in hfprune.inspect(model)}
+        if name == "dense":
+            assert kept == {g.name: g.units for g in plan.anatomy}
+        else:
+            assert kept == {g: len(units) for g, units in plan.keep.items()}
+        assert at(recipe, f"{name}/tokenizer.json").is_file()
+        weights[name] = model.base_model.encoder.layer[2].output.dense.weight
+    assert not weights["pruned"].equal(weights["compensated"])
+    assert not weights["compensated"].equal(weights["distilled"])
+
+
+def test_the_report_is_of_these_models(finished):
+    recipe, report, _ = finished
+    assert [v.name for v in report.variants] == ["dense", "pruned", "compensated", "distilled"]
+    assert report == Report.from_dict(json.loads(at(recipe, "report.json").read_text()))
+    assert at(recipe, "report.md").read_text() == report.markdown()
+    for variant in report.variants:
+        model = hfprune.from_pretrained(at(recipe, variant.name))
+        assert variant.params == model.num_parameters()
+        assert variant.measured.latency.keys() == {1, 4}
+        assert variant.quality.examples == 12
+        weights = at(recipe, f"{variant.name}/model.safetensors")
+        assert variant.measured.file_bytes == weights.stat().st_size
+    assert report.variants[1].macs < report.variants[0].macs
+    assert report.seconds.keys() == set(STEPS) - {"report.json"}
+
+
+def test_a_finished_run_does_nothing_again(finished):
+    recipe, report, _ = finished
+    before, said = times(recipe, *STEPS), []
+    assert hfprune.run(recipe, say=said.append) == report
+    assert done_before(said) == list(STEPS)
+    assert times(recipe, *STEPS) == before
+
+
+def test_another_budget_keeps_the_dense_model_and_its_scores(copied):
+    kept, redone = ("dense", "scores"), ("plan.json", "kept.png", "pruned", "compensated")
+    before, said = times(copied, *kept, *redone), []
+    other = changed(copied, "prune", budget="macs=60%")
+    assert hfprune.run(other, say=said.append, until="distilled") is None
+    assert done_before(said) == list(kept)
+    after = times(copied, *kept, *redone)
+    for path, written in before.items():
+        assert (after.get(path) == written) == (path.parts[0] in kept), path
+    assert PruningPlan.load(at(copied, "plan.json")).budget == hfprune.Budget("macs", 0.6)
+    # Measurements are of the old models; the next full run will see that.
+    said.clear()
+    hfprune.run(other, say=said.append, until="distilled")
+    assert done_before(said) == [*kept, *redone, "distilled"]
+
+
+def test_a_step_that_fails_leaves_nothing_half_written(copied, monkeypatch):
+    other = changed(copied, "prune", budget="macs=60%")
+
+    def fails(dense, pruned, batches):
+        raise RuntimeError("the power went")
+
+    old = PruningPlan.load(at(copied, "plan.json"))
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "compensate", fails)
+        with pytest.raises(RuntimeError, match="the power went"):
+            hfprune.run(other, say=str)
+    assert not leftovers(copied)
+    assert "compensated" not in done_of(copied, other)
+    said = []
+    hfprune.run(other, say=said.append, until="compensated")
+    assert done_before(said) == ["dense", "scores", "plan.json", "kept.png", "pruned"]
+    assert not leftovers(copied)
+    made = PruningPlan.load(at(copied, "plan.json"))
+    dense = hfprune.from_pretrained(at(copied, "dense"))
+    assert made == hfprune.plan(dense, Scores.load(at(copied, "scores")), "macs=60%")
+    assert made.keep != old.keep
+    kept = hfprune.inspect(hfprune.from_pretrained(at(copied, "compensated")))
+    assert {g.name: g.units for g in kept} == {g: len(u) for g, u in made.keep.items()}
+
+
+def done_of(copied, recipe):
+    """Artefacts that a run of this recipe would not make again."""
+    said = []
+
+    class Stop(Exception):
+        pass
+
+    def say(line):
+        if line.endswith(" ..."):
+            raise Stop
+        said.append(line)
+
+    with pytest.raises(Stop):
+        hfprune.run(recipe, say=say)
+    return done_before(said)
+
+
+def test_an_artefact_is_never_taken_for_that_of_another_recipe(copied, monkeypatch):
+    """Killed after the new artefact is in place, before it is written down: then the old recipe."""
+    other = changed(copied, "prune", budget="macs=60%")
+    write_json = pipeline._Run._write_json
+
+    def killed(self, name, values):
+        if at(copied, "pruned").stat().st_mtime_ns != before:
+            raise KeyboardInterrupt
+        write_json(self, name, values)
+
+    before = at(copied, "pruned").stat().st_mtime_ns
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline._Run, "_write_json", killed)
+        hfprune.run(other, say=str, until="pruned")
+    hfprune.run(copied, say=str, until="pruned")
+    plan = PruningPlan.load(at(copied, "plan.json"))
+    kept = hfprune.inspect(hfprune.from_pretrained(at(copied, "pruned")))
+    assert {g.name: g.units for g in kept} == {g: len(u) for g, u in plan.keep.items()}
+
+
+RUN = """
+import sys, torch
+torch.set_num_threads(1)
+from hfprune import run
+run(sys.argv[1], until="distilled")
+"""
+
+
+def test_a_killed_distillation_goes_on_where_it_was(copied, tmp_path):
+    shutil.rmtree(at(copied, "distilled"))
+    longer = changed(copied, "distill", epochs=6.0)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(longer.to_dict()))
+    plan = at(copied, "plan.json").read_bytes()
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, str(tmp_path / "recipe.yaml")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 90
+    while not list(at(copied).glob(".distill*/checkpoint-10/trainer_state.json")):  # of 30 steps
+        assert time.monotonic() < deadline and process.poll() is None, "it did not get there"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not at(copied, "distilled").exists()
+    (checkpoints,) = at(copied).glob(".distill*")
+    before = times(copied, checkpoints.name)
+
+    whole = dataclasses.replace(longer, output=str(tmp_path / "whole"))
+    ignore = shutil.ignore_patterns(".*")
+    shutil.copytree(at(copied), tmp_path / "whole", ignore=ignore)
+    hfprune.run(whole, say=str, until="distilled")
+
+    hfprune.run(longer, say=str, until="distilled")
+    assert before and not leftovers(copied)
+    assert at(copied, "plan.json").read_bytes() == plan
+    models = [hfprune.from_pretrained(at(r, "distilled")) for r in (longer, whole)]
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: name + m)
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return make(tmp_path)
+
+
+def test_a_folder_that_is_no_run_is_not_touched(recipe):
+    at(recipe).mkdir()
+    at(recipe, "thesis.tex").write_text("the only copy")
+    start = time.monotonic()
+    with pytest.raises(RecipeError, match="exists and is not the folder of a run"):
+        hfprune.run(recipe, say=str)
+    assert time.monotonic() - start < 1
+    assert files(at(recipe)) == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("prune", {"criterion": "fischer"}, "Did you mean 'fisher'"),
+        ("prune", {"budget": "mac=50%"}, "Did you mean 'macs'"),
+        ("score", {"examples": 0}, "score.examples must be more than 0"),
+        ("data", {"train": "nowhere.jsonl"}, "there is no file nowhere.jsonl"),
+    ],
+)
+def test_a_wrong_recipe_writes_nothing(section, values, message, recipe):
+    with pytest.raises(HfpruneError, match=message):
+        hfprune.run(changed(recipe, section, **values), say=str)
+    assert not at(recipe).exists()
+
+
+def test_an_impossible_budget_leaves_what_was_finished(copied):
+    with pytest.raises(HfpruneError, match="No structure keeps only macs=1%"):
+        hfprune.run(changed(copied, "prune", budget="macs=1%"), say=str)
+    assert not leftovers(copied)
+    said = []
+    hfprune.run(copied, say=said.append, until="distilled")
+    assert {"dense", "scores"} <= set(done_before(said))
+
+
+@pytest.mark.parametrize("finetuned", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], r"data\.train \(.*\) has no examples"),
+        ([{"text": "good"}], "Unknown column 'label'"),
+        ([{"text": "good", "label": None}], "the 'label' of example 0 is None"),
+    ],
+)
+def test_data_that_cannot_serve(rows, message, finetuned, recipe, tmp_path):
+    write(tmp_path, train=rows)
+    if not finetuned:
+        recipe = dataclasses.replace(recipe, finetune=None)
+    with pytest.raises(DataError, match=message):
+        hfprune.run(recipe, say=str)
+    assert not leftovers(recipe)
+    assert files(at(recipe)) == ["steps.json"]
+
+
+def test_a_batch_that_the_test_split_cannot_fill(recipe):
+    with pytest.raises(RecipeError, match="12 examples, too few for a batch of 13"):
+        hfprune.run(changed(recipe, "measure", batch_sizes=(1, 13)), say=str)
+    assert files(at(recipe)) == ["steps.json"]
+
+
+def test_a_loss_that_is_not_a_number(recipe):
+    broken = tiny.model("bert", "AutoModelForSequenceClassification")
+    with torch.no_grad():
+        broken.classifier.weight[0, 0] = torch.nan
+    broken.save_pretrained(recipe.model)
+    recipe = dataclasses.replace(recipe, finetune=None)
+    with pytest.raises(DataError, match="loss of calibration batch 0 is nan"):
+        hfprune.run(recipe, say=str)
+    assert not leftovers(recipe)
+    assert {p.name for p in at(recipe).iterdir()} == {"steps.json", "dense"}
+
+
+def generation(folder, **changes):
+    return make(folder, "llama", task="text-generation", finetune=None, **changes)
+
+
+def test_a_language_model(tmp_path):
+    recipe = generation(tmp_path, prune={"budget": "params=70%"})
+    assert hfprune.run(recipe, say=str, until="distilled") is None
+    plan = PruningPlan.load(at(recipe, "plan.json"))
+    assert 0.69 < plan.params_share <= 0.7
+    assert plan.tokens == 12
+    model = hfprune.from_pretrained(at(recipe, "distilled"))
+    layers = [hfprune.from_pretrained(at(recipe, n)).model.layers for n in ("dense", "distilled")]
+    dense, pruned = (sum(p.numel() for p in stack.parameters()) for stack in layers)
+    assert pruned / dense == pytest.approx(plan.params_share)
+    tokens = model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=4, min_new_tokens=4)
+    assert tokens.shape == (1, 7)
+
+
+@pytest.mark.slow
+def test_a_language_models_whole_run(tmp_path):
+    recipe = generation(tmp_path, distill=None)
+    report = hfprune.run(recipe, say=str)
+    assert [v.name for v in report.variants] == ["dense", "pruned", "compensated"]
+    assert {v.quality.metric for v in report.variants} == {"perplexity"}
+    assert json.loads(at(recipe, "reloaded.json").read_text())["model"] == "compensated"
