@@ -36,28 +36,39 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.7, 0.5, 0.35, 0.25])
     parser.add_argument("--distill", type=float, nargs="*", default=[0.5, 0.25])
     parser.add_argument("--criteria", nargs="+", default=["fisher", "magnitude", "random"])
+    parser.add_argument("--losses", nargs="+", default=["labels", "logits"])
     arguments = parser.parse_args()
     lost: dict[tuple[float, str], list[float]] = {}
     for seed in range(arguments.seeds):
         for budget in arguments.budgets:
-            for criterion in arguments.criteria:
-                distill = criterion == arguments.criteria[0] and budget in arguments.distill
-                for stage, points in one(seed, budget, criterion, distill).items():
-                    lost.setdefault((budget, f"{criterion}, {stage}"), []).append(points)
+            for loss, criterion in ways(arguments.losses, arguments.criteria):
+                first = (loss, criterion) == (arguments.losses[0], arguments.criteria[0])
+                distill = first and budget in arguments.distill
+                name = f"{criterion} of {loss}" if criterion == "fisher" else criterion
+                for stage, points in one(seed, budget, loss, criterion, distill).items():
+                    lost.setdefault((budget, f"{name}, {stage}"), []).append(points)
     show(lost, arguments.seeds)
 
 
-def one(seed: int, budget: float, criterion: str, distill: bool) -> dict[str, float]:
+def ways(losses: list[str], criteria: list[str]) -> list[tuple[str, str]]:
+    """Every criterion, and for those that read gradients every loss."""
+    blind = {"magnitude", "random"}
+    return [(o, c) for c in criteria for o in (losses[:1] if c in blind else losses)]
+
+
+def one(seed: int, budget: float, loss: str, criterion: str, distill: bool) -> dict[str, float]:
     """Points of test accuracy lost at each stage of one run, kept in a JSON file beside it."""
     base = Recipe.load(ROOT / "recipes" / "minilm" / "movie.yaml")
     recipe = dataclasses.replace(
         base,
         output=str(RUNS / f"seed-{seed}"),
         seed=seed,
+        score=dataclasses.replace(base.score, loss=loss),
         prune=dataclasses.replace(base.prune, budget=f"macs={budget:.0%}", criterion=criterion),
         distill=base.distill if distill else None,
     )
-    kept = RUNS / f"seed-{seed}-{criterion}-{budget:.0%}{'-distilled' if distill else ''}.json"
+    ending = "-distilled" if distill else ""
+    kept = RUNS / f"seed-{seed}-{criterion}-{loss}-{budget:.0%}{ending}.json"
     if not kept.is_file():
         last = "distilled" if distill else "compensated"
         stages = ["dense", "pruned", "compensated"] + (["distilled"] if distill else [])

@@ -314,7 +314,12 @@ class _Run:
 
     def make_scores(self, path: Path) -> None:
         # All criteria from the one pass: a plan by another one needs no scoring again.
-        scores = score(self.model("dense"), self.calibration, seed=self.recipe.seed)
+        scores = score(
+            self.model("dense"),
+            self.calibration,
+            loss=self.recipe.score.loss,
+            seed=self.recipe.seed,
+        )
         scores.save(path)
         agreement = scores.agreement.get(self.recipe.prune.criterion)
         if agreement is not None:

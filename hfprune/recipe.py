@@ -78,10 +78,12 @@ class Score:
     Attributes:
         examples: calibration examples (blocks, for text generation) from the training split.
         batch_size: examples per batch.
+        loss: "labels", the model's own loss; or "logits", how far its logits move.
     """
 
     examples: int = 1024
     batch_size: int = 32
+    loss: Literal["labels", "logits"] = "labels"
 
 
 @dataclass(frozen=True)

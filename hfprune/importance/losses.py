@@ -1,7 +1,7 @@
 """The loss whose gradient is importance, as a sum over what it averages.
 
 A sum, not a mean: the gradient of an example's own term must not depend on which batch the example
-    happens to be in.
+happens to be in.
 """
 
 from __future__ import annotations
@@ -39,6 +39,32 @@ def labels_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     return outputs.loss * terms(model, batch)
 
 
+def logits_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """How far the logits move, whatever the labels: a random projection of each example's logits.
+
+    Its squared gate gradient is, on average over the projections, the squared change of the
+    centred logits when the gate closes (Hutchinson's estimator; the softmax does not see a common
+    shift). It needs no labels, and it counts every example alike, where the loss on labels that the
+    model has learnt by heart leaves only its few mistakes. For two classes it is the margin.
+
+    Returns:
+        The projections, summed over examples, and over real tokens where the logits are per token.
+    """
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    logits = model(**(batch if model.config.is_encoder_decoder else inputs)).logits
+    # Drawn from the inputs, so that a batch has the same projections on whichever process it lands.
+    seed = int(sum(tensor.double().sum() for tensor in batch.values())) % 2**31
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(logits.shape, generator=generator).to(logits)
+    classes = logits.shape[-1]
+    if classes > 1:
+        directions = directions - directions.mean(dim=-1, keepdim=True)
+    size = max(1, classes - 1) ** 0.5
+    projected = (logits * directions).sum(dim=-1) / directions.norm(dim=-1) * size
+    mask = padding_mask(batch, logits, model.config.is_encoder_decoder)
+    return (projected if mask is None else projected * mask.to(projected)).sum()
+
+
 def terms(model: PreTrainedModel, batch: Batch) -> int:
     """How many terms the model's loss is the mean of: examples, or labelled tokens."""
     labels = batch.get("labels")
@@ -70,6 +96,8 @@ def shifts_labels(model: PreTrainedModel) -> bool:
     """Whether the loss compares each position with the next label, as decoders' losses do."""
     if model.config.is_encoder_decoder:
         return False
-    # GPT2LMHeadModel and its like carry no loss_type; transformers then falls back to the causal
-    # loss.
+    # GPT2LMHeadModel and its like carry no loss_type: transformers falls back to the causal one.
     return model.loss_type == "ForCausalLM" or (model.loss_type is None and model.can_generate())
+
+
+LOSSES: dict[str, Loss] = {"labels": labels_loss, "logits": logits_loss}

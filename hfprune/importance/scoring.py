@@ -22,11 +22,11 @@ from hfprune.errors import DataError, HfpruneError, unknown
 from hfprune.importance.criteria import CRITERIA, Evidence, criterion_named
 from hfprune.importance.gates import frozen, gate_gradients, outlet_of
 from hfprune.importance.losses import (
+    LOSSES,
     Batch,
     Loss,
     is_decoder,
     is_token_level,
-    labels_loss,
     padding_mask,
 )
 from hfprune.structure.anatomy import Anatomy, Group, axis_of, slices
@@ -97,30 +97,33 @@ def score(
     model: PreTrainedModel,
     batches: Iterable[Batch],
     criteria: Sequence[str] | None = None,
-    loss: Loss = labels_loss,
+    loss: str | Loss = "labels",
     seed: int = 0,
 ) -> Scores:
     """Score every head and neuron of a model from one pass over labelled batches.
 
     The weights are frozen while it runs and no weight gradient is allocated: the cost is a forward
-        pass and a backward
-    pass over activations. With torch.distributed running, give every process the same batches: each
-    takes its share, and all return the scores of the whole.
+    pass and a backward pass over activations. With torch.distributed running, give every process
+    the same batches: each takes its share, and all return the scores of the whole.
 
     Args:
         model: a transformers model of a known family; left as it was.
-        batches: what the model is called with, {name: tensor}, with labels.
+        batches: what the model is called with, {name: tensor}; with labels for the loss on them.
         criteria: names from the registry; all of them by default.
-        loss: (model, batch) -> the loss summed over its examples or labelled tokens; by default the
-            model's own.
+        loss: "labels", the model's own loss; "logits", how far its logits move, for which no labels
+            are needed; or (model, batch) -> a loss summed over examples or labelled tokens.
         seed: of the criterion `random`.
 
     Raises:
-        HfpruneError: an unknown criterion.
+        HfpruneError: an unknown criterion or loss.
         DataError: no batches, no labels, a loss that is not finite (names the batch), or one that
             does not depend on some group of units (names the group).
     """
     wanted = {name: criterion_named(name) for name in criteria or CRITERIA}
+    if isinstance(loss, str):
+        if loss not in LOSSES:
+            raise HfpruneError(unknown("loss", loss, LOSSES))
+        loss = LOSSES[loss]
     anatomy = Anatomy.of(model)
     gathering = _Gathering(model, anatomy)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
