@@ -32,14 +32,14 @@ RUNS = ROOT / "runs" / "benchmark-quality"
 def main() -> None:
     """Run what is asked for and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.7, 0.5, 0.35, 0.25])
     parser.add_argument("--distill", type=float, nargs="*", default=[0.5, 0.25])
     parser.add_argument("--criteria", nargs="+", default=["fisher", "magnitude", "random"])
     parser.add_argument("--losses", nargs="+", default=["labels", "logits"])
     arguments = parser.parse_args()
     lost: dict[tuple[float, str], list[float]] = {}
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         for budget in arguments.budgets:
             for loss, criterion in ways(arguments.losses, arguments.criteria):
                 first = (loss, criterion) == (arguments.losses[0], arguments.criteria[0])
@@ -47,7 +47,7 @@ def main() -> None:
                 name = f"{criterion} of {loss}" if criterion == "fisher" else criterion
                 for stage, points in one(seed, budget, loss, criterion, distill).items():
                     lost.setdefault((budget, f"{name}, {stage}"), []).append(points)
-    show(lost, arguments.seeds)
+    show(lost, len(arguments.seeds))
 
 
 def ways(losses: list[str], criteria: list[str]) -> list[tuple[str, str]]:

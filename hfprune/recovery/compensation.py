@@ -50,11 +50,10 @@ class _Call:
 def compensate(
     dense: PreTrainedModel, pruned: PreTrainedModel, batches: Sequence[Batch]
 ) -> PreTrainedModel:
-    """Refit every outlet of a pruned model, in place, to the dense model's outlet outputs.
+    """Refit every outlet of a pruned model, in place, to the dense model's residual stream.
 
-    Memory: the hidden states of all batches twice, and one (columns x columns) float64 covariance
-        at a time. Time: about
-    five forward passes.
+    Memory: the hidden states of all batches twice, the residual sums of one layer, and one
+    (columns x columns) covariance in float64. Time: about five forward passes over the layers.
 
     Args:
         dense: the model before removal.
