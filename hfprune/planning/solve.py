@@ -61,7 +61,7 @@ class _Options:
     """What one group offers: parallel arrays of cost and loss, and the shape of each option.
 
     Attributes:
-        ranked: (KV groups, query heads per group) unit indices, in each row the most important first.
+        ranked: (KV groups, query heads per group) unit indices, most important first in each row.
         importance: (KV groups, query heads per group) importance in that order.
         kv: KV groups of each option, taken in the order of their best query heads.
         per_kv: query heads per KV group of each option (1 for neurons, whose "KV groups" are the
