@@ -124,5 +124,5 @@ def main() -> None:
     try:
         app()
     except (HfpruneError, OSError) as error:  # OSError: a model or file that is not there
-        typer.echo(f"hfprune: {error}", err=True)
+        typer.echo(f"hfprune: {' '.join(str(error).split())}", err=True)
         raise SystemExit(2) from error

@@ -1,0 +1,199 @@
+"""The command line as a user meets it: help at once, errors in one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+from test_data import sentences, tiny_tokenizer, write
+from transformers import FNetConfig, FNetModel
+
+from hfprune import cli
+from hfprune.importance.scoring import score
+from hfprune.planning.plan import PruningPlan
+from hfprune.structure.checkpoint import from_pretrained
+
+COMMANDS = {"run", "inspect", "score", "plan", "remove", "check"}
+
+
+def hfprune(monkeypatch, capsys, *arguments):
+    """(exit status, standard output, standard error) of a command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["hfprune", *map(str, arguments)])
+    capsys.readouterr()  # what the test's own setup said
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    out, err = capsys.readouterr()
+    return caught.value.code or 0, out, err
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    return lambda *arguments: hfprune(monkeypatch, capsys, *arguments)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny.model("bert", "AutoModelForSequenceClassification").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path, model):
+    """A recipe file for a tiny model."""
+    files = write(tmp_path, train=sentences(16), dev=sentences(4, 1), test=sentences(4, 2))
+    values = {
+        "model": str(model),
+        "output": str(tmp_path / "run"),
+        "data": {"train": files.train, "dev": files.dev, "test": files.test},
+        "measure": {"batch_sizes": [1]},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+HELP = """
+import sys
+from hfprune.cli import app
+try:
+    app(["--help"])
+except SystemExit as end:
+    heavy = {"torch", "transformers", "datasets", "numpy"} & sys.modules.keys()
+    print("loaded:", *sorted(heavy))
+    sys.exit(end.code)
+"""
+
+
+def test_help_answers_without_loading_torch():
+    command = [sys.executable, "-c", HELP]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0
+    assert ended.stdout.splitlines()[-1] == "loaded:"
+    words = ended.stdout.split()
+    assert all(command in words for command in COMMANDS)
+
+
+def test_the_command_is_installed():
+    command = [str(Path(sys.executable).with_name("hfprune")), "--help"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0
+    assert "score, plan, remove, recover, publish" in ended.stdout
+
+
+def test_commands_are_those_that_are_tested_here():
+    assert {c.name or c.callback.__name__ for c in cli.app.registered_commands} == COMMANDS
+
+
+def test_check(run, recipe):
+    status, out, err = run("check", recipe)
+    assert (status, err) == (0, "")
+    assert "is a complete recipe" in out
+
+
+def test_inspect(run, model):
+    status, out, _ = run("inspect", model)
+    assert status == 0
+    assert "encoder.layer.2.output.dense" in out
+    assert "outside the layers" in out
+
+
+def test_score_plan_and_remove(run, recipe, model, tmp_path):
+    status, _, _ = run("score", recipe)
+    assert status == 0
+    scores, plan, small = tmp_path / "run" / "scores", tmp_path / "plan.json", tmp_path / "small"
+    status, out, _ = run("plan", model, scores, "macs=60%", "--output", plan)
+    assert status == 0
+    made = PruningPlan.load(plan)
+    assert made.explain() in out
+    assert 0.594 <= made.macs_share <= 0.6
+    status, out, _ = run("remove", model, plan, small)
+    assert status == 0
+    kept = {g.name: g.units for g in made.anatomy.of(from_pretrained(small))}
+    assert kept == {name: len(units) for name, units in made.keep.items()}
+    status, _, err = run("remove", model, plan, small)
+    assert status == 2
+    assert "exists; choose a folder that does not" in err
+
+
+def one_line(err):
+    """Whether a message of one line is all that is said, besides the bar of a model that loads."""
+    lines = [line for line in err.splitlines() if line and "Loading weights" not in line]
+    return len(lines) == 1 and lines[0].startswith("hfprune: ")
+
+
+def edited(recipe, old, new):
+    recipe.write_text(recipe.read_text().replace(old, new))
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("model:", "modle:", "Did you mean 'model'"),
+        ("batch_sizes", "batchsizes", "Did you mean 'batch_sizes'"),
+        ("train.jsonl", "train.jsnl", "there is no file"),
+        ("measure:", "prune: {budget: macs}\nmeasure:", "Cannot read the budget 'macs'"),
+        ("measure:", "prune: {criterion: fischer}\nmeasure:", "Did you mean 'fisher'"),
+        ("measure:", "measure: [", "is not YAML"),
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_a_wrong_recipe_is_one_line(command, old, new, message, run, recipe, tmp_path):
+    status, out, err = run(command, edited(recipe, old, new))
+    assert (status, out) == (2, "")
+    assert one_line(err), err
+    assert message in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_not_there_is_one_line(run, model, tmp_path):
+    nowhere = tmp_path / "nowhere"
+    model_scores = tmp_path / "scores"
+    batch = tiny.batch(from_pretrained(model))
+    batch["labels"] = batch["input_ids"][:, 0] % 2
+    score(from_pretrained(model), [batch]).save(model_scores)
+    for arguments in (
+        ("check", nowhere),
+        ("run", nowhere),
+        ("inspect", nowhere),
+        ("plan", nowhere, model_scores, "macs=50%"),
+        ("plan", model, nowhere, "macs=50%"),
+        ("plan", model, model_scores, "macs=0.1%"),
+        ("plan", model, model_scores, "half"),
+        ("plan", model, model_scores, "macs=50%", "--criterion", "fischer"),
+        ("plan", model, model_scores, "macs=50%", "--round-to", "0"),
+        ("remove", model, nowhere, tmp_path / "out"),
+    ):
+        status, out, err = run(*arguments)
+        assert (status, out) == (2, ""), arguments
+        assert one_line(err), (arguments, err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_something_else_is_one_line(run, model, tmp_path):
+    plan = tmp_path / "plan.json"
+    for text in ("", "{", "{}", "[1]"):
+        plan.write_text(text)
+        status, _, err = run("remove", model, plan, tmp_path / "out")
+        assert status == 2, text
+        assert one_line(err), err
+
+
+def test_a_family_without_a_row_is_one_line(run, tmp_path):
+    settings = FNetConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, intermediate_size=8)
+    FNetModel(settings).save_pretrained(tmp_path)
+    status, out, err = run("inspect", tmp_path)
+    assert (status, out) == (2, "")
+    assert one_line(err), err
+    assert "Unknown model family 'fnet'" in err
+
+
+def test_an_unknown_command_is_no_traceback(run):
+    status, _, err = run("prine")
+    assert status == 2
+    assert "No such command" in err
+    assert "Traceback" not in err
