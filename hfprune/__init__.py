@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     )
     from hfprune.structure.anatomy import Anatomy
     from hfprune.structure.architectures import Row, register
-    from hfprune.structure.checkpoint import from_pretrained
+    from hfprune.structure.checkpoint import as_stock, from_pretrained
 
 __version__ = "0.1.0"
 
@@ -41,6 +41,7 @@ _HOMES = {
     "Recipe": "recipe",
     "Row": "structure.architectures",
     "Scores": "importance.scoring",
+    "as_stock": "structure.checkpoint",
     "compensate": "recovery.compensation",
     "criterion": "importance.criteria",
     "distill": "recovery.distillation",
@@ -66,6 +67,7 @@ __all__ = [
     "Recipe",
     "Row",
     "Scores",
+    "as_stock",
     "compensate",
     "criterion",
     "distill",

@@ -109,6 +109,13 @@ class _Run:
         self.folder = Path(recipe.output)
         self.say = say
         criterion_named(recipe.prune.criterion)
+        self.constraints = Constraints(
+            recipe.prune.min_heads,
+            recipe.prune.min_neurons,
+            recipe.prune.round_to,
+            uniform=recipe.prune.uniform,
+            protect=recipe.prune.protect,
+        )
         if (
             self.folder.exists()
             and any(self.folder.iterdir())
@@ -264,6 +271,7 @@ class _Run:
     def make_dense(self, path: Path) -> None:
         self._check_data()
         model = self._load_dense()
+        self.constraints.check(model)
         if self.recipe.finetune:
             self._finetune(model, self.recipe.finetune)
         self.save(model, path)
@@ -335,7 +343,7 @@ class _Run:
             self.scores,
             settings.budget,
             settings.criterion,
-            Constraints(settings.min_heads, settings.min_neurons, settings.round_to),
+            self.constraints,
         )
         made.save(path)
         self.say(made.explain())
@@ -414,7 +422,7 @@ class _Run:
         }
 
     def make_reloaded(self, path: Path) -> None:
-        """Load the result both ways in fresh processes, and compare logits on a probe batch."""
+        """Load the result by hfprune and without it, in fresh processes, and compare logits."""
         batch = self._probe()
         model = self.model(self.last)
         with torch.no_grad():
@@ -424,9 +432,10 @@ class _Run:
 
         save_file(batch, inputs)
         try:
-            for way in ("hfprune", "remote-code"):
+            without = "stock" if self.plan.uniform else "remote-code"
+            for way in ("hfprune", without):
                 out = path.with_suffix(f".{way}")
-                code = _RELOAD_HFPRUNE if way == "hfprune" else _RELOAD_REMOTE
+                code = _RELOADS[way]
                 arguments = [self.folder / self.last, inputs, out, type(model).__name__]
                 ended = subprocess.run(
                     [sys.executable, "-c", code, *map(str, arguments)],
@@ -448,10 +457,8 @@ class _Run:
         path.write_text(
             json.dumps({"model": self.last, "largest_logit_difference": found}, indent=2) + "\n"
         )
-        self.say(
-            "  equal logits by hfprune.from_pretrained and by trust_remote_code without hfprune:"
-            f" {found}"
-        )
+        how = "plain transformers" if self.plan.uniform else "trust_remote_code"
+        self.say(f"  equal logits by hfprune.from_pretrained and by {how} without hfprune: {found}")
 
     def _probe(self) -> dict[str, torch.Tensor]:
         batch = next(iter(Batches(self.splits["test"], self.tokenizer, 8)))
@@ -533,6 +540,21 @@ with torch.no_grad():
     logits = model(**load_file(inputs)).logits
 save_file({"logits": logits.contiguous()}, out)
 """
+
+
+_RELOAD_STOCK = """
+import sys, torch
+sys.modules["hfprune"] = None  # importing it is an error now
+import transformers
+from safetensors.torch import load_file, save_file
+folder, inputs, out, name = sys.argv[1:]
+model = getattr(transformers, name).from_pretrained(folder)
+with torch.no_grad():
+    logits = model(**load_file(inputs)).logits
+save_file({"logits": logits.contiguous()}, out)
+"""
+
+_RELOADS = {"hfprune": _RELOAD_HFPRUNE, "remote-code": _RELOAD_REMOTE, "stock": _RELOAD_STOCK}
 
 
 def _accuracy(prediction: Any) -> dict[str, float]:

@@ -16,7 +16,7 @@ from hfprune.planning.plan import PruningPlan
 from hfprune.planning.solve import Constraints, plan
 from hfprune.recovery.compensation import compensate as refit
 from hfprune.structure.anatomy import Anatomy
-from hfprune.structure.checkpoint import from_pretrained
+from hfprune.structure.checkpoint import as_stock, from_pretrained
 from hfprune.structure.surgery import copy_and_cut
 
 
@@ -54,11 +54,17 @@ def remove(
         compensate: calibration batches on which the outlets are refitted by least squares; None to
             leave the kept weights as they are.
 
+    Returns:
+        The smaller model; of a uniform plan, one of its stock class.
+
     Raises:
-        HfpruneError: the plan is for another model.
+        HfpruneError: the plan is for another model, or a uniform one that the family's own config
+            cannot hold after all.
     """
     plan.check_fits(Anatomy.of(model))
     pruned = copy_and_cut(model, plan.keep, plan.summary)
+    if plan.uniform:
+        pruned = as_stock(pruned)
     return pruned if compensate is None else refit(model, pruned, compensate)
 
 
@@ -76,7 +82,7 @@ def prune(
         batches: labelled calibration batches, {name: tensor}.
         budget: "macs=50%" or "params=0.6": the share of the layers' cost to keep.
         criterion: name of the importance criterion.
-        constraints: floors and granularity.
+        constraints: floors, granularity, and what must stay.
 
     Raises:
         HfpruneError: and its children, as `score`, `plan` and `remove` do.

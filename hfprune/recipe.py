@@ -95,6 +95,9 @@ class Prune:
         criterion: name in the registry of the importance by which units are chosen.
         min_heads, min_neurons: that every layer keeps at least.
         round_to: FFN widths are multiples of this.
+        uniform: the layers of a stack keep equally many heads and neurons, so that plain
+            transformers loads the pruned model.
+        protect: names of groups, layers or stacks whose units all stay, such as "encoder.layer.0".
         compensate: refit the outlets by least squares after removal.
     """
 
@@ -103,6 +106,8 @@ class Prune:
     min_heads: int = 1
     min_neurons: int = 1
     round_to: int = 1
+    uniform: bool = False
+    protect: tuple[str, ...] = ()
     compensate: bool = True
 
 
@@ -223,6 +228,8 @@ class Recipe:
                 raise RecipeError(f"{name} must be {least}, not {value}.")
             if setting == "warmup" and value >= 1:
                 raise RecipeError(f"{name} must be a share of the steps, below 1, not {value}.")
+        if not self.measure.batch_sizes:
+            raise RecipeError("measure.batch_sizes must hold one batch size at least.")
         if not self.data.dataset:
             for split in ("train", "dev", "test"):
                 file = Path(getattr(self.data, split))
@@ -267,7 +274,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         return value
     if origin is tuple:
         items = value if isinstance(value, list | tuple) else None
-        if not items:
+        if items is None:
             raise RecipeError(f"{where} must be a list of {arguments[0].__name__}, not {value!r}.")
         return tuple(_build(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(items))
     if dataclasses.is_dataclass(kind):

@@ -382,3 +382,23 @@ def test_a_language_models_whole_run(tmp_path):
     assert [v.name for v in report.variants] == ["dense", "pruned", "compensated"]
     assert {v.quality.metric for v in report.variants} == {"perplexity"}
     assert json.loads(at(recipe, "reloaded.json").read_text())["model"] == "compensated"
+
+
+def test_a_uniform_run_needs_no_hfprune_to_load(tmp_path):
+    prune = {"budget": "params=70%", "uniform": True, "protect": []}
+    recipe = generation(tmp_path, prune=prune, distill=None)
+    said = []
+    assert hfprune.run(recipe, say=said.append, until="reloaded.json") is None
+    differences = json.loads(at(recipe, "reloaded.json").read_text())["largest_logit_difference"]
+    assert set(differences) == {"hfprune", "stock"}
+    assert any("by plain transformers without hfprune" in line for line in said)
+    assert not list(at(recipe).rglob("modeling_hfprune.py"))
+
+
+def test_constraints_that_do_not_fit_are_refused_before_training(tmp_path):
+    recipe = make(tmp_path, prune={"protect": ["encoder.layer.9"]})
+    with pytest.raises(HfpruneError, match=r"protect 'encoder.layer.9'. Did you mean 'encoder"):
+        hfprune.run(recipe, say=str)
+    assert not at(recipe, "dense").exists()
+    with pytest.raises(HfpruneError, match="uniform needs min_heads"):
+        hfprune.run(changed(recipe, "prune", uniform=True, min_heads=0), say=str)

@@ -33,6 +33,8 @@ class PruningPlan:
         lost: {group name: share of the group's importance that goes}.
         gap: how far the kept importance may lie below the best possible, as a share of all
             importance.
+        uniform: the layers of a stack keep equally many units, and the pruned model is to be one of
+            its stock class.
     """
 
     anatomy: Anatomy
@@ -42,6 +44,7 @@ class PruningPlan:
     tokens: int
     lost: Mapping[str, float] = field(default_factory=dict)
     gap: float = 0.0
+    uniform: bool = False
 
     @property
     def macs_share(self) -> float:
@@ -154,6 +157,7 @@ class PruningPlan:
             "macs_share": self.macs_share,
             "params_share": self.params_share,
             "gap": self.gap,
+            "uniform": self.uniform,
             "lost": dict(self.lost),
             "keep": {name: list(units) for name, units in self.keep.items()},
             "anatomy": self.anatomy.to_dict(),
@@ -179,6 +183,7 @@ class PruningPlan:
             tokens=values["tokens"],
             lost=values["lost"],
             gap=values["gap"],
+            uniform=values.get("uniform", False),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

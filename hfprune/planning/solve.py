@@ -18,11 +18,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from hfprune.errors import BudgetError, HfpruneError
+from hfprune.errors import BudgetError, HfpruneError, unknown
 from hfprune.importance.scoring import Scores
 from hfprune.planning.budget import Budget
 from hfprune.planning.plan import PruningPlan
 from hfprune.structure.anatomy import Anatomy, Group
+from hfprune.structure.checkpoint import stock_settings
 from hfprune.structure.cost import group_macs, group_params, layers_macs, layers_params
 
 Floats = NDArray[np.float64]
@@ -36,17 +37,26 @@ class Constraints:
     """What a plan must respect besides its budget.
 
     Attributes:
-        min_heads: query heads that every attention keeps at least.
+        min_heads: query heads that every attention keeps at least; a number above all that there
+            are keeps every head.
         min_neurons: neurons that every FFN keeps at least.
         round_to: FFN widths are multiples of this (8, 32, 64 suit tensor cores); a group may keep
             all of its neurons.
         tolerance: the budget is met to this share of it, or it is an error.
+        uniform: all layers of a stack keep equally many heads, in equally many KV groups, and
+            equally many neurons. The family's own config then holds the structure, and plain
+            `AutoModel.from_pretrained` loads the pruned model.
+        protect: names of groups, layers or whole stacks whose units all stay, as `inspect` prints
+            them: "encoder.layer.0", or "encoder" to prune only the decoder of a model with both.
+            The budget stays a share of all layers.
     """
 
     min_heads: int = 1
     min_neurons: int = 1
     round_to: int = 1
     tolerance: float = 0.01
+    uniform: bool = False
+    protect: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if min(self.min_heads, self.min_neurons) < 0 or self.round_to < 1 or self.tolerance <= 0:
@@ -54,6 +64,51 @@ class Constraints:
                 "min_heads and min_neurons must be 0 or more, round_to 1 or more, tolerance above"
                 f" 0: {self}."
             )
+        if self.uniform and not (self.min_heads and self.min_neurons):
+            raise HfpruneError(
+                "uniform needs min_heads and min_neurons of 1 or more: a stock config cannot hold"
+                " a layer without heads or neurons."
+            )
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse constraints that do not fit a model; for before anything is trained or scored.
+
+        Raises:
+            HfpruneError: `protect` names nothing in the model, or `uniform` asks for what the
+                family's own config cannot hold.
+        """
+        anatomy = Anatomy.of(model)
+        layers = [
+            f"{block.name}.{n}"
+            for block in anatomy.blocks
+            for n in range(block.units if block.kind == "layer" else 0)
+        ]
+        names = {*layers, *(group.name for group in anatomy)}
+        for name in self.protect:
+            if not any(_lies_in(known, name) for known in names):
+                stacks = (block.name for block in anatomy.blocks if block.kind == "layer")
+                raise HfpruneError(unknown("name in protect", name, {*names, *stacks}))
+        for group in anatomy if self.uniform else ():
+            floor = self.min_heads if group.kind == "head" else self.min_neurons
+            if (
+                floor < group.units
+                and not self.protects(group)
+                and not stock_settings(model, group)
+            ):
+                raise HfpruneError(
+                    f"uniform: the config of a {anatomy.model_type} cannot hold fewer"
+                    f" {group.kind}s, as in {group.name}. Keep them all with"
+                    f" min_{group.kind}s={group.units}, or plan without uniform."
+                )
+
+    def protects(self, group: Group) -> bool:
+        """Whether all units of a group must stay."""
+        return any(_lies_in(group.name, name) for name in self.protect)
+
+
+def _lies_in(name: str, prefix: str) -> bool:
+    """Whether a module path is another one or lies below it."""
+    return name == prefix or name.startswith(f"{prefix}.")
 
 
 @dataclass(frozen=True)
@@ -100,25 +155,29 @@ def plan(
         scores: from `hfprune.score`.
         budget: "macs=50%" or "params=0.6": the share of the layers' cost to keep.
         criterion: by which importance.
-        constraints: floors and granularity; by default one head and one neuron per layer at least.
+        constraints: floors, granularity, and what must stay; by default one head and one neuron per
+            layer at least.
         tokens: length of the example whose MACs are counted; by default the calibration data's
             mean.
 
     Raises:
         BudgetError: no structure meets the budget; the message names the nearest that one can.
-        HfpruneError: the scores belong to another model, or the criterion was not scored.
+        HfpruneError: the scores belong to another model, the criterion was not scored, or the
+            constraints do not fit the model.
     """
     anatomy = Anatomy.of(model)
     if scores.fingerprint != anatomy.fingerprint:
         raise HfpruneError(
             "These scores were measured on a model of another structure; score this model again."
         )
+    constraints = constraints or Constraints()
+    constraints.check(model)
     return solve(
         anatomy,
         scores.by(criterion),
         Budget.parse(budget),
         criterion=criterion,
-        constraints=constraints or Constraints(),
+        constraints=constraints,
         tokens=tokens or max(1, round(scores.tokens)),
     )
 
@@ -137,6 +196,7 @@ def solve(
         _options(group, importance[group.name], budget.resource, constraints, tokens)
         for group in anatomy
     ]
+    tied = _tied(offers) if constraints.uniform else [[n] for n in range(len(offers))]
     dense = layers_params(anatomy) if budget.resource == "params" else layers_macs(anatomy, tokens)
     fixed = anatomy.other_layer_params if budget.resource == "params" else 0
     limit = int(budget.share * dense + 0.5)
@@ -144,12 +204,16 @@ def solve(
     if least > limit:
         raise BudgetError(
             f"No structure keeps only {budget}: with at least {constraints.min_heads} heads and"
-            f" {constraints.min_neurons} neurons in every layer, the least is"
+            f" {constraints.min_neurons} neurons in every layer{_whole(constraints)}, the least is"
             f" {budget.resource}={_percent(least / dense)}."
         )
-    chosen, gap = choose(
-        [offer.cost for offer in offers], [offer.loss for offer in offers], limit - fixed
+    picks, gap = choose(
+        [np.sum([offers[n].cost for n in together], axis=0) for together in tied],
+        [np.sum([offers[n].loss for n in together], axis=0) for together in tied],
+        limit - fixed,
     )
+    options = {n: pick for together, pick in zip(tied, picks, strict=True) for n in together}
+    chosen = [options[n] for n in range(len(offers))]
     spent = fixed + sum(int(o.cost[i]) for o, i in zip(offers, chosen, strict=True))
     if spent < limit * (1 - constraints.tolerance):
         raise BudgetError(
@@ -163,8 +227,42 @@ def solve(
         keep[name] = offer.units(option)
         lost[name] = float(offer.loss[option] / max(float(importance[name].sum()), 1e-300))
     return PruningPlan(
-        anatomy, keep, budget, criterion, tokens, lost, gap / total if total > 0 else 0.0
+        anatomy,
+        keep,
+        budget,
+        criterion,
+        tokens,
+        lost,
+        gap / total if total > 0 else 0.0,
+        uniform=constraints.uniform,
     )
+
+
+def _whole(constraints: Constraints) -> str:
+    return f" and all of {', '.join(constraints.protect)}" if constraints.protect else ""
+
+
+def _tied(offers: Sequence[_Options]) -> list[list[int]]:
+    """Numbers of the offers that must choose the same option: those of a stack and kind.
+
+    Raises:
+        HfpruneError: the layers are not alike before pruning, or some are protected and some not.
+    """
+    tied: dict[tuple[int, str], list[int]] = {}
+    for number, offer in enumerate(offers):
+        tied.setdefault((offer.group.stack, offer.group.kind), []).append(number)
+    for together in tied.values():
+        first = offers[together[0]]
+        for other in (offers[n] for n in together):
+            if not (
+                np.array_equal(first.kv, other.kv) and np.array_equal(first.per_kv, other.per_kv)
+            ):
+                raise HfpruneError(
+                    f"uniform: {first.group.name} and {other.group.name} have different numbers of"
+                    f" {other.group.kind}s to choose from. Protect all layers of the stack or none,"
+                    " or plan without uniform."
+                )
+    return list(tied.values())
 
 
 def _percent(share: float) -> str:
@@ -184,7 +282,9 @@ def _options(
     order = np.argsort(-values, axis=1, kind="stable")
     ranked = order + np.arange(len(values))[:, None] * group.heads_per_kv
     sorted_values = np.take_along_axis(values, order, axis=1)
-    if group.kind == "neuron":
+    if constraints.protects(group):
+        kv, per_kv = np.array([len(values)]), np.array([group.heads_per_kv])
+    elif group.kind == "neuron":
         counts = np.arange(group.units + 1)
         allowed = (counts % constraints.round_to == 0) | (counts == group.units)
         allowed &= counts >= min(constraints.min_neurons, group.units)

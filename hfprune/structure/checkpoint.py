@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from hfprune.errors import CheckpointError
-from hfprune.structure.anatomy import Anatomy, stack_of
+from hfprune.structure.anatomy import Anatomy, Group, stack_of
+from hfprune.structure.architectures import Stack
 from hfprune.structure.modeling_hfprune import (
     EMPTY,
     KEY,
@@ -78,7 +79,7 @@ def _per_layer(model: PreTrainedModel) -> dict[str, dict[str, dict[str, int]]]:
     """
     said: dict[str, dict[str, dict[str, int]]] = {}
     for part, settings in _settings(model).items():
-        config = getattr(model.config, part) if part else model.config
+        config = _config_of(model, part)
         depth = 1 + max(layer for layer, _ in settings)
         for unsaid in ((), HEAD_SETTINGS, (*HEAD_SETTINGS, "decoder_ffn_dim")):
             layers: dict[str, dict[str, int]] = {}
@@ -105,45 +106,71 @@ def _settings(model: PreTrainedModel) -> dict[str, dict[tuple[int, str], int]]:
     anatomy = Anatomy.of(model)
     emptied = {g.stack for g in anatomy if g.kind == "head" and not g.units}
     for group in anatomy:
-        stack = stack_of(model, group)
-        part = stack.depth.split(".")[0] if "." in stack.depth else ""
-        config = getattr(model.config, part) if part else model.config
-        known = config.to_dict()
-        values: dict[str, int] = {}
-        if group.kind == "neuron" and stack.ffn is not None:
-            values[stack.ffn.setting] = group.units
-        elif "head_dim" in known and group.stack not in emptied:
-            values = dict(zip(HEAD_SETTINGS, (group.units, group.kv_groups), strict=True))
-        for name, value in values.items():
-            if name in known:
-                found.setdefault(part, {})[group.layer, name] = value
+        if group.kind == "head" and group.stack in emptied:
+            continue
+        for name, value in stock_settings(model, group).items():
+            found.setdefault(_part(stack_of(model, group)), {})[group.layer, name] = value
     return found
+
+
+def stock_settings(model: PreTrainedModel, group: Group) -> dict[str, int]:
+    """How the family's own config says the size of a group: {setting: value}, {} if it cannot."""
+    stack = stack_of(model, group)
+    known = _config_of(model, _part(stack)).to_dict()
+    values: dict[str, int] = {}
+    if group.kind == "neuron" and stack.ffn is not None:
+        values[stack.ffn.setting] = group.units
+    elif "head_dim" in known:
+        values = dict(zip(HEAD_SETTINGS, (group.units, group.kv_groups), strict=True))
+    return {name: value for name, value in values.items() if name in known}
+
+
+def _part(stack: Stack) -> str:
+    """Name of the sub-config that a stack is configured in, "" if it is the config itself."""
+    return stack.depth.split(".")[0] if "." in stack.depth else ""
+
+
+def _config_of(model: PreTrainedModel, part: str) -> PreTrainedConfig:
+    return getattr(model.config, part) if part else model.config
 
 
 def as_stock(model: PreTrainedModel) -> PreTrainedModel:
     """Turn a pruned model, in place, into one of its stock class, which plain `AutoModel` loads.
 
+    What the config says of the model's origin and of the plans it went through stays in it.
+
     Raises:
         CheckpointError: the family's own config cannot hold the structure; names the first module.
+            The model stays as it was.
     """
     own_config(model)
+    before: list[tuple[PreTrainedConfig, dict[str, Any]]] = []
     for part, settings in _settings(model).items():
-        config = getattr(model.config, part) if part else model.config
-        head_dim = getattr(config, "head_dim", None)
-        for (_, name), value in settings.items():
+        config = _config_of(model, part)
+        values = {name: value for (_, name), value in settings.items()}
+        if getattr(config, "head_dim", None) is None and "head_dim" in config.to_dict():
+            values["head_dim"] = Anatomy.of(model).groups[0].columns
+        before.append((config, {name: getattr(config, name, None) for name in values}))
+        for name, value in values.items():
             setattr(config, name, value)
-        if head_dim is None and "head_dim" in config.to_dict():
-            config.head_dim = Anatomy.of(model).groups[0].columns
     odd = difference_to_stock(model)
     if odd:
+        for config, values in before:
+            for name, value in values.items():
+                setattr(config, name, value)
         path, entry = next(iter(odd.items()))
         raise CheckpointError(
             f"A stock {model.config.model_type} config cannot hold this structure: {path} differs "
             f"by {entry}. Prune all layers to the same widths, and to head counts it can express."
         )
-    for name in (KEY, "auto_map"):
-        if hasattr(model.config, name):
-            delattr(model.config, name)
+    history = {k: v for k, v in getattr(model.config, KEY, {}).items() if k in ("base", "lineage")}
+    parts = [getattr(model.config, name) for name in model.config.sub_configs]
+    for config in (model.config, *parts):
+        for name in (KEY, "auto_map"):
+            if hasattr(config, name):
+                delattr(config, name)
+    if history:
+        setattr(model.config, KEY, {"version": VERSION, "modules": {}, **history})
     model.__class__ = getattr(type(model), "_stock", type(model))
     return model
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,6 +17,7 @@ from hfprune.errors import BudgetError, HfpruneError
 from hfprune.importance.scoring import Scores
 from hfprune.planning.budget import Budget
 from hfprune.planning.solve import Constraints, choose, plan, solve
+from hfprune.pruning import remove
 from hfprune.structure.anatomy import Anatomy, Block, Group
 from hfprune.structure.cost import layers_macs, layers_params
 from hfprune.structure.surgery import copy_and_cut
@@ -305,8 +307,122 @@ def test_the_length_is_that_of_the_calibration_data_by_default():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"min_heads": -1}, {"min_neurons": -2}, {"round_to": 0}, {"tolerance": 0}]
+    "wrong",
+    [
+        {"min_heads": -1},
+        {"min_neurons": -2},
+        {"round_to": 0},
+        {"tolerance": 0},
+    ],
 )
 def test_constraints_that_make_no_sense(wrong):
     with pytest.raises(HfpruneError, match="must be 0 or more"):
         Constraints(**wrong)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "bert", "bart", "clip"])
+def test_a_uniform_plan_makes_a_stock_model(family, tmp_path):
+    model = tiny.model(family)
+    holds_heads = family in ("mistral", "qwen3")
+    every_head = Constraints(min_heads=1 if holds_heads else tiny.HEADS, uniform=True, tolerance=1)
+    made = plan(model, scored(model), "macs=85%", constraints=every_head)
+    assert made.macs_share <= 0.85
+    widths = {(g.stack, g.kind): set() for g in made.anatomy}
+    for group in made.anatomy:
+        widths[group.stack, group.kind].add(
+            (len(made.keep[group.name]), len(group.kv_of(made.keep[group.name])))
+            if group.kind == "head"
+            else len(made.keep[group.name])
+        )
+    assert all(len(found) == 1 for found in widths.values())
+    inputs = tiny.batch(model)
+    smaller = remove(model, made, compensate=[inputs])
+    smaller.save_pretrained(tmp_path)
+    plain = getattr(transformers, tiny.auto_class(family)).from_pretrained(
+        tmp_path, attn_implementation="eager"
+    )
+    assert type(plain) is type(smaller) is type(model)
+    assert tiny.outputs(plain, inputs).equal(tiny.outputs(smaller, inputs))
+    assert plain.config.hfprune["lineage"] == [made.summary]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from([1, 2, 4]), st.floats(0.4, 0.95), st.integers(0, 2**31))
+def test_a_uniform_plan_is_the_best_of_all_uniform_ones(heads_per_kv, share, seed):
+    anatomy = little_anatomy(heads_per_kv)
+    generator = torch.Generator().manual_seed(seed)
+    importance = {
+        g.name: torch.rand(g.units, generator=generator, dtype=torch.float64) for g in anatomy
+    }
+    limit = int(share * layers_macs(anatomy, TOKENS) + 0.5)
+
+    def alike(name):
+        """Both layers' best choices of a kind, for every number of units and KV groups."""
+        group = anatomy[f"0.{name}"]
+        shapes = {(len(u), len(group.kv_of(u))) for u in subsets(group, 1)}
+        for shape in shapes:
+            yield {
+                f"{n}.{name}": max(
+                    (u for u in subsets(group, 1) if (len(u), len(group.kv_of(u))) == shape),
+                    key=lambda u, n=n: float(importance[f"{n}.{name}"][list(u)].sum()),
+                )
+                for n in range(2)
+            }
+
+    values = [
+        sum(float(importance[name][list(units)].sum()) for name, units in keep.items())
+        for heads, neurons in itertools.product(alike("attn"), alike("ffn"))
+        if layers_macs(anatomy, TOKENS, keep := heads | neurons) <= limit
+    ]
+    constraints = Constraints(uniform=True, tolerance=1.0)
+    arguments = {"criterion": "x", "constraints": constraints, "tokens": TOKENS}
+    if not values:
+        with pytest.raises(BudgetError):
+            solve(anatomy, importance, Budget("macs", share), **arguments)
+        return
+    made = solve(anatomy, importance, Budget("macs", share), **arguments)
+    assert kept(made, importance) == pytest.approx(max(values))
+
+
+def test_what_a_stock_config_cannot_hold_is_refused_before_planning():
+    model = tiny.model("bert")
+    with pytest.raises(HfpruneError, match=r"cannot hold fewer heads.*min_heads=4"):
+        plan(model, scored(model), "macs=50%", constraints=Constraints(uniform=True))
+    with pytest.raises(HfpruneError, match="1 or more"):
+        Constraints(uniform=True, min_heads=0)
+    uneven = copy_and_cut(tiny.model("llama"), {"layers.1.mlp.down_proj": range(9)})
+    with pytest.raises(HfpruneError, match="different numbers of neurons"):
+        plan(uneven, scored(uneven), "macs=50%", constraints=Constraints(uniform=True))
+
+
+@pytest.mark.parametrize(
+    ("family", "protect"),
+    [
+        ("bert", ("encoder.layer.0",)),
+        ("bert", ("encoder.layer.0.attention", "encoder.layer.2.output.dense")),
+        ("t5", ("encoder",)),
+        ("bart", ("decoder.layers",)),
+        ("clip", ("vision_model",)),
+    ],
+)
+def test_what_is_protected_stays_whole(family, protect):
+    model = tiny.model(family)
+    made = plan(model, scored(model), "params=75%", constraints=Constraints(protect=protect))
+    whole = {g.name for g in made.anatomy if g.name.startswith(protect)}
+    assert 0 < len(whole) < len(made.anatomy.groups)
+    assert all(len(made.keep[name]) == made.anatomy[name].units for name in whole)
+    assert 0.74 < made.params_share <= 0.75  # of all layers, the protected ones too
+
+
+def test_protecting_leaves_less_to_choose_from_and_says_so():
+    model = tiny.model("bert")
+    constraints = Constraints(protect=("encoder.layer.0", "encoder.layer.1"))
+    with pytest.raises(BudgetError, match=r"and all of encoder\.layer\.0, encoder\.layer\.1"):
+        plan(model, scored(model), "macs=50%", constraints=constraints)
+    # A part of a name is no name.
+    for wrong in ("encoder.layer.7", "encoder.lay", "encoder.layer.0.attention.selv"):
+        with pytest.raises(HfpruneError, match=r"name in protect .* Did you mean 'encoder\.layer"):
+            plan(model, scored(model), "macs=50%", constraints=Constraints(protect=(wrong,)))
+    some = Constraints(protect=("encoder.layer.0",), uniform=True, min_heads=4)
+    with pytest.raises(HfpruneError, match="Protect all layers of the stack or none"):
+        plan(model, scored(model), "macs=75%", constraints=some)

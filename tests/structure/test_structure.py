@@ -309,10 +309,23 @@ def test_a_uniform_structure_needs_no_hfprune(family, tmp_path):
     assert tiny.outputs(plain, inputs).equal(tiny.outputs(model, inputs))
 
 
-def test_a_structure_that_a_stock_config_cannot_hold_is_refused():
-    model = copy_and_cut(tiny.model("bert"), {"encoder.layer.0.output.dense": range(5)})
+def test_a_structure_that_a_stock_config_cannot_hold_is_refused_and_stays():
+    keep = {f"encoder.layer.{n}.output.dense": range(5 + n) for n in range(2)}
+    model = copy_and_cut(tiny.model("bert"), keep)
+    before = model.config.to_dict()
     with pytest.raises(CheckpointError, match="cannot hold this structure"):
         as_stock(model)
+    assert model.config.to_dict() == before
+    assert type(model) is pruned(transformers.BertForMaskedLM)
+
+
+def test_a_stock_model_keeps_its_history(tmp_path):
+    keep = {g.name: range(5) for g in Anatomy.of(tiny.model("bert")) if g.kind == "neuron"}
+    as_stock(copy_and_cut(tiny.model("bert"), keep, {"budget": "a"})).save_pretrained(tmp_path)
+    model = from_pretrained(tmp_path)
+    assert type(model) is transformers.BertForMaskedLM
+    again = cut(model, {"encoder.layer.0.output.dense": range(4)}, {"budget": "b"})
+    assert getattr(again.config, KEY)["lineage"] == [{"budget": "a"}, {"budget": "b"}]
 
 
 def test_the_family_table_lists_every_row():
