@@ -125,19 +125,11 @@ class _Run:
                 f"output: {self.folder} exists and is not the folder of a run; choose another, or"
                 " remove it."
             )
-        last = (
-            "distilled"
-            if recipe.distill
-            else "compensated"
-            if recipe.prune.compensate
-            else "pruned"
-        )
         self.variants = ["dense", "pruned"]
-        if recipe.prune.compensate:
-            self.variants.append("compensated")
-        if recipe.distill:
-            self.variants.append("distilled")
-        self.last = last
+        self.variants += ["compensated"] if recipe.prune.compensate else []
+        self.variants += ["distilled"] if recipe.distill else []
+        self.last = self.variants[-1]
+        self._key = ""  # of the step that is being made
 
     def go(self, until: str | None) -> Report | None:
         transformers.set_seed(self.recipe.seed)
@@ -147,13 +139,10 @@ class _Run:
         key, done = "", self._keys()
         for step in self._steps():
             sections = {name: self.recipe.to_dict()[name] for name in step.reads}
-            key = hashlib.sha256(json.dumps([key, step.artefact, sections]).encode()).hexdigest()[
-                :16
-            ]
-            if (
-                done.get(step.artefact, {}).get("key") == key
-                and (self.folder / step.artefact).exists()
-            ):
+            text = json.dumps([key, step.artefact, sections])
+            key = hashlib.sha256(text.encode()).hexdigest()[:16]
+            made = done.get(step.artefact, {}).get("key") == key
+            if made and (self.folder / step.artefact).exists():
                 self.say(f"{step.name}: done before")
             else:
                 self.say(f"{step.name} ...")
@@ -202,6 +191,7 @@ class _Run:
         """Write an artefact under a temporary name, then rename it into place."""
         final = self.folder / step.artefact
         temporary = self.folder / f".{key}-{step.artefact}"
+        self._key = key
         _remove(temporary)
         try:
             step.make(temporary)
@@ -400,9 +390,11 @@ class _Run:
         split at the end.
         """
         classify = self.recipe.task == "text-classification"
-        stamp = hashlib.sha256(json.dumps(self.recipe.to_dict()).encode()).hexdigest()[:8]
+        output = self.folder / f".{checkpoints}-{self._key}"
+        for stale in set(self.folder.glob(f".{checkpoints}-*")) - {output}:
+            shutil.rmtree(stale)  # of a recipe that was changed before its training ended
         return {
-            "output_dir": str(self.folder / f".{checkpoints}-{stamp}"),
+            "output_dir": str(output),
             "num_train_epochs": settings.epochs,
             "learning_rate": settings.learning_rate,
             "weight_decay": settings.weight_decay,

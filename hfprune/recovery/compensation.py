@@ -13,6 +13,7 @@ the stream.
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,8 @@ from hfprune.importance.losses import Batch, is_decoder, padding_mask
 from hfprune.structure.anatomy import Anatomy, Group, axis_of, layer_of
 from hfprune.structure.architectures import row_of
 
+logger = logging.getLogger(__name__)
+
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Candidates for the ridge, relative to the mean squared input; the held-out part chooses."""
 
@@ -41,9 +44,8 @@ class _Call:
     """How a layer was called in one batch: the hidden state, and the rest of its arguments."""
 
     hidden: torch.Tensor
-    rest: list[
-        tuple[tuple[object, ...], dict[str, object]]
-    ]  # per layer: (args after the hidden state, kwargs)
+    # Per layer: (args after the hidden state, kwargs).
+    rest: list[tuple[tuple[object, ...], dict[str, object]]]
     mask: torch.Tensor | None  # (batch, tokens): which positions are not padding
 
 
@@ -64,7 +66,7 @@ def compensate(
         The pruned model.
 
     Raises:
-        DataError: no batches, or fewer calibration tokens than an outlet has columns.
+        DataError: there are no batches.
     """
     if not len(batches):
         raise DataError("There are no calibration batches to compensate on; give at least one.")
@@ -323,6 +325,13 @@ def _refit(
         best = min(RIDGES, key=lambda ridge: held.error(_solve(fit, current, ridge, bias)))
         everything = fit + held
     solution = _solve(everything, current, best, bias)
+    if everything.count < len(current):
+        logger.warning(
+            "%s has %d columns and only %d calibration tokens: give more examples.",
+            group.outlet,
+            len(current) - 1,
+            everything.count,
+        )
     if everything.error(solution) < everything.error(current):
         _write(outlet, solution)
 
