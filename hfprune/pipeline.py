@@ -28,7 +28,7 @@ import transformers
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hfprune.data import Batches, blocks, labelled, load_texts
+from hfprune.data import SPLITS, Batches, blocks, labelled, load_texts
 from hfprune.errors import CheckpointError, HfpruneError, RecipeError
 from hfprune.evaluation.evaluate import (
     Quality,
@@ -115,6 +115,7 @@ class _Run:
             recipe.prune.round_to,
             uniform=recipe.prune.uniform,
             protect=recipe.prune.protect,
+            layers=recipe.prune.layers,
         )
         if (
             self.folder.exists()
@@ -139,7 +140,8 @@ class _Run:
         key, done = "", self._keys()
         for step in self._steps():
             sections = {name: self.recipe.to_dict()[name] for name in step.reads}
-            text = json.dumps([key, step.artefact, sections])
+            contents = self._contents() if "data" in step.reads else []
+            text = json.dumps([key, step.artefact, sections, contents])
             key = hashlib.sha256(text.encode()).hexdigest()[:16]
             made = done.get(step.artefact, {}).get("key") == key
             if made and (self.folder / step.artefact).exists():
@@ -160,6 +162,11 @@ class _Run:
         report = Report.from_dict(json.loads((self.folder / "report.json").read_text()))
         (self.folder / "report.md").write_text(report.markdown())
         return report
+
+    def _contents(self) -> list[str]:
+        """Hashes of the data files: edited sentences are other sentences."""
+        files = [] if self.recipe.data.dataset else [getattr(self.recipe.data, s) for s in SPLITS]
+        return [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
 
     def _steps(self) -> list[Step]:
         teach = "Fine-tuning the dense model" if self.recipe.finetune else "Loading the dense model"
@@ -348,7 +355,9 @@ class _Run:
         self.save(remove(self.model("dense"), self.plan), path)
 
     def make_compensated(self, path: Path) -> None:
-        refitted = compensate(self.model("dense"), self.model("pruned"), self.calibration)
+        refitted = compensate(
+            self.model("dense"), self.model("pruned"), self.calibration, self.plan.keep
+        )
         self.save(refitted, path)
 
     def make_distilled(self, path: Path) -> None:
@@ -377,6 +386,7 @@ class _Run:
                 self.splits["train"],
                 self.splits["dev"],
                 args=args,
+                layer_map=self.plan.layer_map,
                 data_collator=DataCollatorWithPadding(self.tokenizer),
                 compute_metrics=_accuracy if classify else None,
                 resume=True,

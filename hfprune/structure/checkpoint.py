@@ -254,7 +254,10 @@ def from_pretrained(
     hub = {
         k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs
     }
-    config = AutoConfig.from_pretrained(model_id, **hub)
+    try:
+        config = AutoConfig.from_pretrained(model_id, **hub)
+    except ValueError as error:  # a model_type that this transformers does not know
+        raise CheckpointError(f"{model_id}: {str(error).splitlines()[0]}") from error
     structure = getattr(config, KEY, None)
     try:
         modules = checked(structure)
