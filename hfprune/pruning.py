@@ -32,8 +32,8 @@ def inspect(model: PreTrainedModel) -> Anatomy:
 
 @contextmanager
 def preview(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedModel]:
-    """The model as the plan would leave it, through closed gates: nothing is removed, and it ends
-    with the context.
+    """The model as the plan would leave it, through closed gates and skipped layers: nothing is
+    removed, and it ends with the context.
 
     Raises:
         HfpruneError: the plan is for another model.
@@ -65,7 +65,7 @@ def remove(
     pruned = copy_and_cut(model, plan.keep, plan.summary)
     if plan.uniform:
         pruned = as_stock(pruned)
-    return pruned if compensate is None else refit(model, pruned, compensate)
+    return pruned if compensate is None else refit(model, pruned, compensate, plan.keep)
 
 
 def prune(

@@ -98,6 +98,7 @@ class Prune:
         uniform: the layers of a stack keep equally many heads and neurons, so that plain
             transformers loads the pruned model.
         protect: names of groups, layers or stacks whose units all stay, such as "encoder.layer.0".
+        layers: how many layers of every stack stay; null for all.
         compensate: refit the outlets by least squares after removal.
     """
 
@@ -108,6 +109,7 @@ class Prune:
     round_to: int = 1
     uniform: bool = False
     protect: tuple[str, ...] = ()
+    layers: int | None = None
     compensate: bool = True
 
 

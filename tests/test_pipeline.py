@@ -176,7 +176,7 @@ def test_another_budget_keeps_the_dense_model_and_its_scores(copied):
 def test_a_step_that_fails_leaves_nothing_half_written(copied, monkeypatch):
     other = changed(copied, "prune", budget="macs=60%")
 
-    def fails(dense, pruned, batches):
+    def fails(dense, pruned, batches, kept):
         raise RuntimeError("the power went")
 
     old = PruningPlan.load(at(copied, "plan.json"))
@@ -402,3 +402,15 @@ def test_constraints_that_do_not_fit_are_refused_before_training(tmp_path):
     assert not at(recipe, "dense").exists()
     with pytest.raises(HfpruneError, match="uniform needs min_heads"):
         hfprune.run(changed(recipe, "prune", uniform=True, min_heads=0), say=str)
+
+
+def test_a_run_that_drops_layers(tmp_path):
+    recipe = make(tmp_path, prune={"budget": "macs=50%", "layers": 2})
+    said = []
+    assert hfprune.run(recipe, say=said.append, until="distilled") is None
+    plan = PruningPlan.load(at(recipe, "plan.json"))
+    (kept,) = (plan.keep[stack.name] for stack in plan.anatomy.stacks)
+    assert len(kept) == 2 and 0.49 < plan.macs_share <= 0.5
+    assert any("whole layers go" in line for line in said)
+    for name in ("pruned", "compensated", "distilled"):
+        assert len(hfprune.from_pretrained(at(recipe, name)).bert.encoder.layer) == 2

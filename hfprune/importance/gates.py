@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,15 +59,31 @@ def gated(model: PreTrainedModel, gates: Mapping[str, torch.Tensor]) -> Iterator
 
 @contextmanager
 def masked(model: PreTrainedModel, selection: Selection) -> Iterator[None]:
-    """Close the gates of all units that a selection drops: the pruned model, nothing removed."""
-    gates = {}
-    for group in Anatomy.of(model):
+    """Close the gates of all units and skip all layers that a selection drops: the pruned model,
+    nothing removed.
+    """
+    anatomy, gates = Anatomy.of(model), {}
+    for group in anatomy:
         if group.name in selection:
             gate = torch.zeros(group.units)
             gate[list(selection[group.name])] = 1
             gates[group.name] = gate
-    with gated(model, gates):
+    with ExitStack() as stack:
+        stack.enter_context(gated(model, gates))
+        for layers in anatomy.stacks:
+            whole = range(layers.units)
+            for index in set(whole) - set(selection.get(layers.name, whole)):
+                layer = model.base_model.get_submodule(f"{layers.name}.{index}")
+                stack.callback(layer.register_forward_hook(_skip, with_kwargs=True).remove)
         yield
+
+
+def _skip(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> torch.Tensor | tuple[Any, ...]:
+    """Hand on what a layer was given, in the form of what it gave."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 
 from hfprune.errors import HfpruneError
 from hfprune.planning.budget import Budget
-from hfprune.structure.anatomy import Anatomy
+from hfprune.structure.anatomy import Anatomy, Group
 from hfprune.structure.cost import group_macs, group_params, layers_macs, layers_params
 
 VERSION = 1
@@ -26,7 +26,8 @@ class PruningPlan:
 
     Attributes:
         anatomy: of the model the plan was made for.
-        keep: {group name: kept unit indices, ascending}, every group of the anatomy.
+        keep: {group name: kept unit indices, ascending}, every group of the anatomy; and {stack
+            path: kept layers} of the stacks that lose layers, whose groups keep nothing.
         budget: what was asked for.
         criterion: by which importance the units were chosen.
         tokens: length of the example whose MACs are counted.
@@ -59,6 +60,33 @@ class PruningPlan:
         return layers_params(self.anatomy, self.keep) / layers_params(self.anatomy)
 
     @property
+    def dropped(self) -> dict[str, tuple[int, ...]]:
+        """{stack path: layers that go}, of the stacks that lose any."""
+        return {
+            stack.name: tuple(sorted(set(range(stack.units)) - set(self.keep[stack.name])))
+            for stack in self.anatomy.stacks
+            if stack.name in self.keep
+        }
+
+    def drops(self, group: Group) -> bool:
+        """Whether a group goes with its layer."""
+        stack = self.anatomy.stacks[group.stack].name
+        return group.layer in self.dropped.get(stack, ())
+
+    @property
+    def layer_map(self) -> list[int] | None:
+        """For each layer that stays, the dense layer whose output its own is compared with.
+
+        Counted through all stacks; None if no layer goes.
+        """
+        matched, offset = [], 0
+        for stack in self.anatomy.stacks:
+            kept = self.keep.get(stack.name, range(stack.units))
+            matched += [offset + layer for layer in stack.stands_for(kept)]
+            offset += stack.units
+        return matched if self.dropped else None
+
+    @property
     def fingerprint(self) -> str:
         """Short hash of the plan; processes that must agree on a plan compare it."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
@@ -84,6 +112,7 @@ class PruningPlan:
             kv = len(g.kv_of(self.keep[g.name])) if g.kind == "head" else 0
             all_kv = g.kv_groups if g.kind == "head" else 0
             params = group_params(g, units, kv) / max(1, group_params(g, g.units, all_kv))
+            params *= not self.drops(g)  # an emptied group leaves the outlet's bias, a layer none
             macs = group_macs(g, units, kv, self.tokens) / max(
                 1, group_macs(g, g.units, all_kv, self.tokens)
             )
@@ -108,6 +137,10 @@ class PruningPlan:
             ).rstrip()
             for row in rows
         ]
+        lines += [
+            f"Of {stack}, whole layers go: {', '.join(map(str, layers))}."
+            for stack, layers in self.dropped.items()
+        ]
         before, after = layers_params(self.anatomy), layers_params(self.anatomy, self.keep)
         lines += [
             "",
@@ -124,11 +157,13 @@ class PruningPlan:
         """What another plan for the same model keeps instead, a line per group that differs."""
         self.check_fits(other.anatomy)
         lines = []
-        for g in self.anatomy:
-            mine, theirs = set(self.keep[g.name]), set(other.keep[g.name])
+        for part in (*self.anatomy, *self.anatomy.stacks):
+            mine, theirs = (
+                set(plan.keep.get(part.name, range(part.units))) for plan in (self, other)
+            )
             if mine != theirs:
                 lines.append(
-                    f"{g.name}: {len(mine)} -> {len(theirs)} {g.kind}s "
+                    f"{part.name}: {len(mine)} -> {len(theirs)} {part.kind}s "
                     f"(+{len(theirs - mine)} -{len(mine - theirs)})"
                 )
         return "\n".join(lines) or "The plans keep the same units."

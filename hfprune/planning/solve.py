@@ -22,7 +22,7 @@ from hfprune.errors import BudgetError, HfpruneError, unknown
 from hfprune.importance.scoring import Scores
 from hfprune.planning.budget import Budget
 from hfprune.planning.plan import PruningPlan
-from hfprune.structure.anatomy import Anatomy, Group
+from hfprune.structure.anatomy import Anatomy, Block, Group
 from hfprune.structure.checkpoint import stock_settings
 from hfprune.structure.cost import group_macs, group_params, layers_macs, layers_params
 
@@ -49,6 +49,8 @@ class Constraints:
         protect: names of groups, layers or whole stacks whose units all stay, as `inspect` prints
             them: "encoder.layer.0", or "encoder" to prune only the decoder of a model with both.
             The budget stays a share of all layers.
+        layers: how many layers every stack keeps, a protected stack aside; None for all. Those of
+            the greatest importance stay: a layer's is the sum over its heads and neurons.
     """
 
     min_heads: int = 1
@@ -57,6 +59,7 @@ class Constraints:
     tolerance: float = 0.01
     uniform: bool = False
     protect: tuple[str, ...] = ()
+    layers: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.min_heads, self.min_neurons) < 0 or self.round_to < 1 or self.tolerance <= 0:
@@ -64,6 +67,8 @@ class Constraints:
                 "min_heads and min_neurons must be 0 or more, round_to 1 or more, tolerance above"
                 f" 0: {self}."
             )
+        if self.layers is not None and self.layers < 1:
+            raise HfpruneError(f"layers must be 1 or more, not {self.layers}.")
         if self.uniform and not (self.min_heads and self.min_neurons):
             raise HfpruneError(
                 "uniform needs min_heads and min_neurons of 1 or more: a stock config cannot hold"
@@ -74,20 +79,18 @@ class Constraints:
         """Refuse constraints that do not fit a model; for before anything is trained or scored.
 
         Raises:
-            HfpruneError: `protect` names nothing in the model, or `uniform` asks for what the
-                family's own config cannot hold.
+            HfpruneError: `protect` names nothing in the model or more layers than may stay, or
+                `uniform` asks for what the family's own config cannot hold.
         """
         anatomy = Anatomy.of(model)
-        layers = [
-            f"{block.name}.{n}"
-            for block in anatomy.blocks
-            for n in range(block.units if block.kind == "layer" else 0)
-        ]
+        layers = [f"{stack.name}.{n}" for stack in anatomy.stacks for n in range(stack.units)]
         names = {*layers, *(group.name for group in anatomy)}
         for name in self.protect:
             if not any(_lies_in(known, name) for known in names):
-                stacks = (block.name for block in anatomy.blocks if block.kind == "layer")
-                raise HfpruneError(unknown("name in protect", name, {*names, *stacks}))
+                stacks = {stack.name for stack in anatomy.stacks}
+                raise HfpruneError(unknown("name in protect", name, names | stacks))
+        for stack in anatomy.stacks:
+            self.layers_that_stay(stack)
         for group in anatomy if self.uniform else ():
             floor = self.min_heads if group.kind == "head" else self.min_neurons
             if (
@@ -100,6 +103,23 @@ class Constraints:
                     f" {group.kind}s, as in {group.name}. Keep them all with"
                     f" min_{group.kind}s={group.units}, or plan without uniform."
                 )
+
+    def layers_that_stay(self, stack: Block) -> set[int]:
+        """The layers of a stack that no plan may drop.
+
+        Raises:
+            HfpruneError: they are more than `layers`, and not all that there are.
+        """
+        names = [(n, f"{stack.name}.{n}") for n in range(stack.units)]
+        stay = {*stack.pinned} | {
+            n for n, name in names for p in self.protect if _lies_in(name, p) or _lies_in(p, name)
+        }
+        if self.layers is not None and self.layers < len(stay) < stack.units:
+            raise HfpruneError(
+                f"{stack.name}: only {self.layers} layers are to stay, but layers"
+                f" {', '.join(map(str, sorted(stay)))} must."
+            )
+        return stay
 
     def protects(self, group: Group) -> bool:
         """Whether all units of a group must stay."""
@@ -192,13 +212,18 @@ def solve(
     tokens: int,
 ) -> PruningPlan:
     """The plan that keeps the most importance under a budget; see `plan`."""
+    keep: dict[str, tuple[int, ...]] = _kept_layers(anatomy, importance, constraints)
+    stay = {stack.stack: keep.get(stack.name, range(stack.units)) for stack in anatomy.stacks}
     offers = [
         _options(group, importance[group.name], budget.resource, constraints, tokens)
         for group in anatomy
+        if group.layer in stay[group.stack]
     ]
     tied = _tied(offers) if constraints.uniform else [[n] for n in range(len(offers))]
     dense = layers_params(anatomy) if budget.resource == "params" else layers_macs(anatomy, tokens)
-    fixed = anatomy.other_layer_params if budget.resource == "params" else 0
+    fixed = 0
+    if budget.resource == "params":
+        fixed = layers_params(anatomy, keep) - sum(o.group.owned_params for o in offers)
     limit = int(budget.share * dense + 0.5)
     least = fixed + sum(int(offer.cost.min()) for offer in offers)
     if least > limit:
@@ -221,7 +246,8 @@ def solve(
             f"{budget.resource}={_percent(spent / dense)}. Ask for that, or for a finer round_to."
         )
     total = sum(float(importance[g.name].sum()) for g in anatomy)
-    keep, lost = {}, {}
+    keep |= {group.name: () for group in anatomy}
+    lost = dict.fromkeys((group.name for group in anatomy), 1.0)
     for offer, option in zip(offers, chosen, strict=True):
         name = offer.group.name
         keep[name] = offer.units(option)
@@ -236,6 +262,24 @@ def solve(
         gap / total if total > 0 else 0.0,
         uniform=constraints.uniform,
     )
+
+
+def _kept_layers(
+    anatomy: Anatomy, importance: Mapping[str, torch.Tensor], constraints: Constraints
+) -> dict[str, tuple[int, ...]]:
+    """{stack path: layers that stay}, of the stacks that lose any."""
+    kept = {}
+    for stack in anatomy.stacks:
+        stay = constraints.layers_that_stay(stack)
+        if constraints.layers is None or max(constraints.layers, len(stay)) >= stack.units:
+            continue
+        worth = [0.0] * stack.units
+        for group in anatomy:
+            if group.stack == stack.stack:
+                worth[group.layer] += float(importance[group.name].sum())
+        rest = sorted(set(range(stack.units)) - stay, key=lambda n: -worth[n])
+        kept[stack.name] = tuple(sorted([*stay, *rest[: constraints.layers - len(stay)]]))
+    return kept
 
 
 def _whole(constraints: Constraints) -> str:

@@ -17,7 +17,7 @@ KEPT, GONE = "#2c6fbb", "#e4e4e4"
 def kept_as_text(plan: PruningPlan) -> str:
     """The kept units of every group: heads one by one, neurons as a bar of their share."""
     lines = []
-    width = max(len(_label(group)) for group in plan.anatomy)
+    width = max(len(_label(group, plan)) for group in plan.anatomy)
     for group in plan.anatomy:
         kept = set(plan.keep[group.name])
         if group.units <= _MARKS and group.kind == "head":
@@ -25,7 +25,7 @@ def kept_as_text(plan: PruningPlan) -> str:
         else:
             full = round(_BAR * len(kept) / max(1, group.units))
             drawing = "█" * full + "·" * (_BAR - full)
-        lines.append(f"{_label(group):<{width}}  {drawing}  {len(kept):,}/{group.units:,}")
+        lines.append(f"{_label(group, plan):<{width}}  {drawing}  {len(kept):,}/{group.units:,}")
     return "\n".join(lines)
 
 
@@ -55,7 +55,7 @@ def draw_kept(plan: PruningPlan, path: str | os.PathLike[str]) -> None:
     left.set(
         xlim=(0, most + 2.2), ylim=(len(heads) - 0.4, -0.6), title="Attention heads", xlabel="head"
     )
-    left.set_yticks(range(len(heads)), [_label(g) for g in heads], fontsize=8)
+    left.set_yticks(range(len(heads)), [_label(g, plan) for g in heads], fontsize=8)
     shares = [len(plan.keep[g.name]) / max(1, g.units) for g in neurons]
     right.barh(range(len(neurons)), [1] * len(neurons), color=GONE, height=0.8)
     right.barh(range(len(neurons)), shares, color=KEPT, height=0.8)
@@ -67,7 +67,7 @@ def draw_kept(plan: PruningPlan, path: str | os.PathLike[str]) -> None:
         xlim=(0, 1.3), ylim=(len(neurons) - 0.4, -0.6), title="FFN neurons", xlabel="share kept"
     )
     right.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
-    right.set_yticks(range(len(neurons)), [_label(g) for g in neurons], fontsize=8)
+    right.set_yticks(range(len(neurons)), [_label(g, plan) for g in neurons], fontsize=8)
     for axes in (left, right):
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
@@ -79,7 +79,9 @@ def draw_kept(plan: PruningPlan, path: str | os.PathLike[str]) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _label(group: Group) -> str:
-    stack = f"{'encoder' if group.stack == 0 else 'decoder'} " if group.stack else ""
+def _label(group: Group, plan: PruningPlan) -> str:
+    several = len({g.stack for g in plan.anatomy}) > 1
+    stack = f"{group.name.split('.')[0]} " if several else ""  # encoder, decoder, text_model ...
     part = "cross-attention" if group.cross else {"head": "heads", "neuron": "neurons"}[group.kind]
-    return f"{stack}layer {group.layer} {part}"
+    gone = " (removed)" if plan.drops(group) else ""
+    return f"{stack}layer {group.layer}{gone} {part}"

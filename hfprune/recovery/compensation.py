@@ -24,11 +24,12 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hfprune.errors import DataError
+from hfprune.errors import DataError, HfpruneError
 from hfprune.importance.gates import outlet_of
 from hfprune.importance.losses import Batch, is_decoder, padding_mask
-from hfprune.structure.anatomy import Anatomy, Group, axis_of, layer_of
+from hfprune.structure.anatomy import Anatomy, Block, Group, axis_of, layer_of
 from hfprune.structure.architectures import row_of
+from hfprune.structure.cost import Selection
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,10 @@ class _Call:
 
 
 def compensate(
-    dense: PreTrainedModel, pruned: PreTrainedModel, batches: Sequence[Batch]
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    batches: Sequence[Batch],
+    kept: Selection | None = None,
 ) -> PreTrainedModel:
     """Refit every outlet of a pruned model, in place, to the dense model's residual stream.
 
@@ -59,41 +63,75 @@ def compensate(
 
     Args:
         dense: the model before removal.
-        pruned: the model after removal, with the same number of layers.
+        pruned: the model after removal.
         batches: calibration batches; labels are not read.
+        kept: what stayed, `PruningPlan.keep`; needed where whole layers went. The layer before them
+            takes over their work: its last outlet is refitted to the sum that they leave.
 
     Returns:
         The pruned model.
 
     Raises:
         DataError: there are no batches.
+        HfpruneError: layers went, and `kept` does not say which.
     """
     if not len(batches):
         raise DataError("There are no calibration batches to compensate on; give at least one.")
     anatomy, before = Anatomy.of(pruned), Anatomy.of(dense)
+    layers = [_layers(before.stacks[stack.stack], stack, kept or {}) for stack in anatomy.stacks]
+    dense_groups = {(g.stack, g.layer, g.kind, g.part): g for g in before}
+    twins = {
+        g.name: dense_groups[g.stack, layers[g.stack][g.layer][0], g.kind, g.part] for g in anatomy
+    }
     bar = tqdm(total=len(anatomy.groups), desc="compensating", delay=2, leave=False)
     with torch.no_grad(), _eval(dense), _eval(pruned):
         for index, stack in enumerate(row_of(pruned.config.model_type).stacks):
             groups = [g for g in anatomy if g.stack == index]
-            changed = [g for g in groups if g.units < before[g.name].units]
+            changed = [
+                g
+                for g in groups
+                if g.units < twins[g.name].units or layers[index][g.layer] != (g.layer, g.layer)
+            ]
             if not changed:
                 continue
             decoder = is_decoder(pruned, changed[0])
             ours = _calls(pruned, stack.layers, batches, decoder)
             theirs = _calls(dense, stack.layers, batches, decoder)
-            for layer in range(max(g.layer for g in groups) + 1):
+            for before_first in range(layers[index][0][0]):
+                _advance(dense, stack.layers, theirs, before_first)
+            for layer, (own, last) in enumerate(layers[index]):
                 here = [g for g in groups if g.layer == layer]
-                points = [_sum_point(dense, before[g.name], theirs[0], layer) for g in here]
-                sums = _dense_sums(dense, here, points, theirs, layer)
+                same = [twins[g.name] for g in here]
+                points = [_sum_point(dense, g, theirs[0], own) for g in same]
+                sums = _dense_sums(dense, stack.layers, same, points, theirs, own)
+                for gone in range(own + 1, last + 1):
+                    end = dense_groups.get((index, gone, same[-1].kind, same[-1].part))
+                    if end is None or points[-1] is None:  # no sum that could be taken over
+                        _advance(dense, stack.layers, theirs, gone)
+                    else:
+                        sums[-1:] = _dense_sums(
+                            dense, stack.layers, [end], points[-1:], theirs, gone
+                        )
                 for group, point, targets in zip(here, points, sums, strict=True):
                     # An outlet that lost nothing is refitted too, once the layers before it have
                     # changed.
                     if layer >= changed[0].layer:
                         _refit(pruned, group, ours, layer, point, targets)
                     bar.update()
-                _advance(pruned, here[0], ours, layer)
+                _advance(pruned, stack.layers, ours, layer)
     bar.close()
     return pruned
+
+
+def _layers(dense: Block, pruned: Block, kept: Selection) -> list[tuple[int, int]]:
+    """For each layer of a pruned stack: which dense layer it is, and the last it stands for."""
+    stayed = sorted(kept.get(dense.name, range(dense.units)))
+    if len(stayed) != pruned.units:
+        raise HfpruneError(
+            f"{dense.name}: the pruned model has {pruned.units} layers and the dense one"
+            f" {dense.units}; say which of them stayed, compensate(..., kept=plan.keep)."
+        )
+    return list(zip(stayed, dense.stands_for(stayed), strict=True))
 
 
 @contextmanager
@@ -233,13 +271,14 @@ def _watch(
 
 def _dense_sums(
     dense: PreTrainedModel,
+    layers: str,
     groups: Sequence[Group],
     points: Sequence[str | None],
     calls: Sequence[_Call],
     index: int,
 ) -> list[list[torch.Tensor]]:
     """Per group and batch the dense residual sum; the calls advance to the next layer."""
-    layer = layer_of(dense, groups[0])
+    layer = dense.base_model.get_submodule(f"{layers}.{index}")
     sums: list[list[torch.Tensor]] = [[] for _ in groups]
     for call in calls:
         with ExitStack() as stack:
@@ -254,8 +293,8 @@ def _dense_sums(
     return sums
 
 
-def _advance(pruned: PreTrainedModel, group: Group, calls: Sequence[_Call], index: int) -> None:
-    layer = layer_of(pruned, group)
+def _advance(model: PreTrainedModel, layers: str, calls: Sequence[_Call], index: int) -> None:
+    layer = model.base_model.get_submodule(f"{layers}.{index}")
     for call in calls:
         call.hidden = _run(layer, call, index)
 

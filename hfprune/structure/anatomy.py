@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -116,6 +116,14 @@ class Block:
         """How many units there are."""
         return len(self.unit_params)
 
+    def stands_for(self, kept: Sequence[int]) -> list[int]:
+        """Of layers: for each that stays, the last layer before the next that stays.
+
+        A layer that stays does, as well as it can, what the dropped layers after it did: its output
+        is compared with theirs.
+        """
+        return [following - 1 for following in (*sorted(kept)[1:], self.units)]
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -134,9 +142,9 @@ class Anatomy:
     outside_params: int
 
     @property
-    def other_layer_params(self) -> int:
-        """Parameters of the layers that no group owns: norms between sub-layers, routed experts."""
-        return sum(sum(block.unit_params) for block in self.blocks)
+    def stacks(self) -> tuple[Block, ...]:
+        """The blocks of layers, one per stack."""
+        return tuple(block for block in self.blocks if block.kind == "layer")
 
     @staticmethod
     def of(model: PreTrainedModel) -> Anatomy:

@@ -52,6 +52,7 @@ def cut(
     """
     anatomy = Anatomy.of(model)
     check_selection(anatomy, selection)
+    selection = _without_dropped(anatomy, selection)
     own_config(model)
     _share_tables(model, anatomy, selection)
     for group in anatomy:
@@ -114,6 +115,13 @@ def check_selection(anatomy: Anatomy, selection: Selection) -> None:
                 f"{name}: every kept KV group must keep the same number of query heads, not "
                 f"{sorted(counts.values())}: attention repeats each key the same number of times."
             )
+
+
+def _without_dropped(anatomy: Anatomy, selection: Selection) -> Selection:
+    """The selection without what it says about groups in layers that go: they go whole."""
+    stay = {stack.stack: selection.get(stack.name, range(stack.units)) for stack in anatomy.stacks}
+    gone = {group.name for group in anatomy if group.layer not in stay[group.stack]}
+    return {name: units for name, units in selection.items() if name not in gone}
 
 
 def _check_block(block: Block, units: Sequence[int]) -> None:

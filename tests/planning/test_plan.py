@@ -90,6 +90,17 @@ def test_diff_names_the_groups_that_differ():
     assert other.diff(moved) == f"{name}: 2 -> 3 neurons (+2 -1)"
 
 
+def test_it_says_which_layers_go():
+    plan = make()
+    gone = {group.name: () for group in plan.anatomy if group.layer == 1}
+    shallow = dataclasses.replace(plan, keep=plan.keep | gone | {"layers": (0, 2)})
+    assert "Of layers, whole layers go: 1." in shallow.explain()
+    line = next(text for text in shallow.explain().splitlines() if "layers.1.self" in text)
+    assert line.split()[1:6] == ["0", "4", "heads", "0%", "0%"]
+    assert "layers: 3 -> 2 layers (+0 -1)" in plan.diff(shallow)
+    assert shallow.dropped == {"layers": (1,)} and plan.dropped == {}
+
+
 def test_it_refuses_a_model_it_was_not_made_for():
     plan = make("llama")
     plan.check_fits(Anatomy.of(tiny.model("llama")))

@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from hfprune.errors import BudgetError, HfpruneError
 from hfprune.importance.scoring import Scores
 from hfprune.planning.budget import Budget
+from hfprune.planning.plan import PruningPlan
 from hfprune.planning.solve import Constraints, choose, plan, solve
-from hfprune.pruning import remove
+from hfprune.pruning import preview, remove
 from hfprune.structure.anatomy import Anatomy, Block, Group
 from hfprune.structure.cost import layers_macs, layers_params
 from hfprune.structure.surgery import copy_and_cut
@@ -426,3 +427,83 @@ def test_protecting_leaves_less_to_choose_from_and_says_so():
     some = Constraints(protect=("encoder.layer.0",), uniform=True, min_heads=4)
     with pytest.raises(HfpruneError, match="Protect all layers of the stack or none"):
         plan(model, scored(model), "macs=75%", constraints=some)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5", "bart", "modernbert", "mixtral"])
+@pytest.mark.parametrize("resource", ["macs", "params"])
+def test_the_layers_of_least_importance_go_whole(family, resource):
+    model = tiny.model(family)
+    scores = scored(model)
+    share = 0.5 if resource == "macs" else 0.62
+    constraints = Constraints(layers=2, tolerance=0.03)  # the units of a tiny model are coarse
+    made = plan(model, scores, Budget(resource, share), constraints=constraints)
+    assert share * 0.97 <= getattr(made, f"{resource}_share") <= share * 1.0001
+    importance = scores.by("fisher")
+    assert set(made.dropped) == {stack.name for stack in made.anatomy.stacks}
+    for stack in made.anatomy.stacks:
+        worth = [
+            sum(float(importance[g.name].sum()) for g in made.anatomy if (g.stack, g.layer) == at)
+            for at in ((stack.stack, n) for n in range(stack.units))
+        ]
+        gone = min((n for n in range(stack.units) if n not in stack.pinned), key=worth.__getitem__)
+        assert made.dropped[stack.name] == (gone,)
+        assert made.keep[stack.name] == tuple(n for n in range(stack.units) if n != gone)
+    for group in made.anatomy:
+        assert made.drops(group) == (made.keep[group.name] == ())
+    inputs = tiny.batch(model)
+    pruned = remove(model, made)
+    with preview(model, made), torch.no_grad():
+        expected = tiny.outputs(model, inputs)
+    torch.testing.assert_close(tiny.outputs(pruned, inputs), expected, rtol=1e-4, atol=1e-4)
+    before, after = Anatomy.of(model), Anatomy.of(pruned)
+    if family != "t5":  # whose layers have their own bias tables now
+        assert made.params_share == layers_params(after) / layers_params(before)
+    assert made.macs_share == layers_macs(after, TOKENS) / layers_macs(before, TOKENS)
+    assert PruningPlan.from_dict(made.to_dict()) == made
+
+
+def test_the_last_layer_may_go_and_its_predecessor_stands_for_it():
+    model = tiny.model("bert")
+    scores = scored(model)
+    for name, values in scores.by("fisher").items():
+        values *= name.startswith("encoder.layer.0")
+    made = plan(model, scores, "macs=20%", constraints=Constraints(layers=1, tolerance=0.1))
+    assert made.keep["encoder.layer"] == (0,) and made.layer_map == [2]
+    assert plan(model, scored(model), "macs=50%").layer_map is None
+    both = tiny.model("bart")
+    two = Constraints(layers=2, tolerance=0.1)
+    of_both = plan(both, scored(both), "macs=50%", constraints=two)
+    encoder, decoder = (of_both.keep[s.name] for s in of_both.anatomy.stacks)
+    assert of_both.layer_map == [encoder[1] - 1, 2, 3 + decoder[1] - 1, 5]
+
+
+def test_protected_layers_stay():
+    model = tiny.model("bert")
+    scores = scored(model)
+    worst = plan(model, scores, "macs=50%", constraints=Constraints(layers=2)).dropped
+    (gone,) = worst["encoder.layer"]
+    for name in (f"encoder.layer.{gone}", f"encoder.layer.{gone}.output.dense"):
+        constraints = Constraints(layers=2, protect=(name,))
+        made = plan(model, scores, "macs=60%", constraints=constraints)
+        assert gone in made.keep["encoder.layer"] and len(made.keep["encoder.layer"]) == 2
+    both = tiny.model("bart")
+    constraints = Constraints(layers=1, protect=("decoder",), tolerance=0.1)
+    made = plan(both, scored(both), "params=75%", constraints=constraints)
+    assert set(made.dropped) == {"encoder.layers"}
+    constraints = Constraints(layers=1, protect=("encoder.layer.0", "encoder.layer.2"))
+    with pytest.raises(HfpruneError, match="only 1 layers are to stay, but layers 0, 2 must"):
+        plan(model, scores, "macs=50%", constraints=constraints)
+    with pytest.raises(HfpruneError, match="layers must be 1 or more"):
+        Constraints(layers=0)
+
+
+def test_fewer_layers_of_the_same_widths_need_no_hfprune(tmp_path):
+    model = tiny.model("gemma3_text")
+    constraints = Constraints(layers=2, uniform=True, tolerance=1)
+    made = plan(model, scored(model), "macs=55%", constraints=constraints)
+    inputs = tiny.batch(model)
+    smaller = remove(model, made, compensate=[inputs])
+    smaller.save_pretrained(tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert plain.config.num_hidden_layers == 2 and type(plain) is type(model)
+    assert tiny.outputs(plain, inputs).equal(tiny.outputs(smaller, inputs))

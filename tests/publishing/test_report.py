@@ -110,6 +110,13 @@ def test_the_drawing_in_the_terminal_counts_what_stays(family):
             )
 
 
+def test_removed_layers_are_drawn_as_such():
+    text = kept_as_text(plan_of("bert", **{"encoder.layer": (0, 2)}))
+    assert [line for line in text.splitlines() if "(removed)" in line] == [
+        line for line in text.splitlines() if line.startswith("layer 1")
+    ]
+
+
 def share_of(pixels, color):
     """Share of an image's pixels (height, width, 4) in one color."""
     wanted = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]

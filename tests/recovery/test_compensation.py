@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from hfprune.errors import DataError
+from hfprune.errors import DataError, HfpruneError
 from hfprune.importance.gates import outlet_of
 from hfprune.recovery.compensation import _calls, _sum_point, compensate
 from hfprune.structure.anatomy import Anatomy, axis_of, layer_of
@@ -333,6 +333,40 @@ def test_padding_does_not_matter(family):
         weights = [outlet_of(model, group).weight.detach() for model in (one, other)]
         assert weights[0].shape[axis_of(outlet_of(one, group), 1)] == group.units * group.columns
         torch.testing.assert_close(*weights, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kept", [(1, 2), (0, 2), (0, 1), (1,)])
+def test_the_layers_that_stay_take_over_from_those_that_go(family, kept):
+    dense = tiny.model(family)
+    keep = uneven(Anatomy.of(dense), 0.75)
+    keep |= {stack.name: kept for stack in Anatomy.of(dense).stacks}
+    data = batches(dense)
+    pruned = copy_and_cut(dense, keep)
+    refitted = compensate(dense, copy.deepcopy(pruned), data, keep)
+    assert error(refitted, dense, data) < error(pruned, dense, data)
+
+
+@pytest.mark.parametrize("gone", range(3))
+def test_a_layer_that_does_nothing_is_not_missed(gone):
+    dense = tiny.model("llama")
+    with torch.no_grad():
+        for outlet in ("self_attn.o_proj", "mlp.down_proj"):
+            dense.get_submodule(f"model.layers.{gone}.{outlet}").weight.zero_()
+    keep = {"layers": [n for n in range(3) if n != gone]}
+    data = batches(dense)
+    pruned = compensate(dense, copy_and_cut(dense, keep), data, keep)
+    assert error(pruned, dense, data) < 1e-10
+
+
+def test_layers_that_went_unsaid_are_refused_before_any_work():
+    dense = tiny.model("bert")
+    pruned = copy_and_cut(dense, {"encoder.layer": (0, 2)})
+    before = copy.deepcopy(pruned)
+    for kept in (None, {"encoder.layer": (0,)}):
+        with pytest.raises(HfpruneError, match=r"has 2 layers and the dense one 3; .*kept=plan"):
+            compensate(dense, pruned, batches(dense), kept)
+    assert_close_models(pruned, before, rtol=0, atol=0)
 
 
 def test_labels_are_not_read():
