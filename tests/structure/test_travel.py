@@ -1,0 +1,157 @@
+"""A pruned checkpoint goes where a stock one goes: pipelines, the Trainer, no network, a disk."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+import transformers
+from test_data import sentences, tiny_tokenizer
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+import hfprune
+from hfprune.structure.anatomy import Anatomy
+from hfprune.structure.surgery import copy_and_cut
+
+
+def cut_model(family, head=None):
+    model = tiny.model(family, head)
+    return copy_and_cut(model, tiny.selection(Anatomy.of(model)))
+
+
+def tokenizer():
+    made = tiny_tokenizer()
+    made.mask_token = "[UNK]"  # in the vocabulary
+    return made
+
+
+@pytest.mark.parametrize(
+    ("task", "family", "head", "options"),
+    [
+        ("text-classification", "bert", "AutoModelForSequenceClassification", {}),
+        ("fill-mask", "bert", "AutoModelForMaskedLM", {}),
+        ("text-generation", "llama", None, {"max_new_tokens": 5, "do_sample": False}),
+    ],
+)
+def test_a_pipeline_takes_the_model_and_its_folder(task, family, head, options, tmp_path):
+    model, words = cut_model(family, head), tokenizer()
+    model.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    text = "good [UNK]" if task == "fill-mask" else "good"
+    eager = {"attn_implementation": "eager"}
+    by_object = transformers.pipeline(task, model=model, tokenizer=words)
+    by_folder = transformers.pipeline(
+        task, model=str(tmp_path), trust_remote_code=True, model_kwargs=eager
+    )
+    said = by_object(text, **options)
+    assert by_folder(text, **options) == said
+    assert Anatomy.of(by_folder.model).groups == Anatomy.of(model).groups
+    with pytest.raises((RuntimeError, ValueError, OSError)):
+        transformers.pipeline(task, model=str(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_the_stock_trainer_trains_and_resumes(family, tmp_path):
+    words = tokenizer()
+    rows = [
+        {**words(row["text"], truncation=True, max_length=8), "labels": row["label"]}
+        for row in sentences(16)
+    ]
+
+    def train(model, steps, **where):
+        args = TrainingArguments(
+            str(tmp_path),
+            max_steps=steps,
+            per_device_train_batch_size=4,
+            save_steps=1,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(
+            model, args, train_dataset=rows, data_collator=DataCollatorWithPadding(words)
+        )
+        trainer.train(**where)
+        return trainer.model
+
+    def fresh():
+        model = cut_model(family, "AutoModelForSequenceClassification")
+        model.config.pad_token_id = words.pad_token_id
+        return model
+
+    start = fresh()
+    through = train(fresh(), 2)
+    resumed = train(fresh(), 2, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for name, tensor in through.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], tensor)
+    assert any(
+        not p.equal(q) for p, q in zip(start.parameters(), through.parameters(), strict=True)
+    )
+    again = hfprune.from_pretrained(tmp_path / "checkpoint-2")
+    for name, tensor in through.state_dict().items():
+        assert again.state_dict()[name].equal(tensor)
+
+
+OFFLINE = """
+import socket, sys
+def refuse(*args, **kwargs): raise AssertionError("something called the network")
+socket.socket.connect = socket.getaddrinfo = refuse
+import torch, transformers
+folder, way = sys.argv[1:]
+if way == "hfprune":
+    import hfprune
+    model = hfprune.from_pretrained(folder)
+else:
+    sys.modules["hfprune"] = None
+    model = transformers.AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
+ids = torch.arange(3, 12)[None]
+with torch.no_grad():
+    print(float(model(input_ids=ids).logits.abs().sum()))
+"""
+
+
+@pytest.mark.parametrize("way", ["hfprune", "remote code"])
+def test_it_loads_where_there_is_no_network(way, tmp_path):
+    model = cut_model("bert")
+    model.save_pretrained(tmp_path)
+    ended = subprocess.run(
+        [sys.executable, "-c", OFFLINE, str(tmp_path), way],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        check=True,
+    )
+    with torch.no_grad():
+        expected = float(model(input_ids=torch.arange(3, 12)[None]).logits.abs().sum())
+    assert float(ended.stdout.split()[-1]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "others"),
+    [
+        ("bert", "bert.encoder.layer", ("bert.embeddings", "cls")),
+        (
+            "llama",
+            "model.layers",
+            ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"),
+        ),
+    ],
+)
+def test_a_layer_may_stay_on_the_disk(family, layers, others, tmp_path):
+    model = cut_model(family)
+    model.save_pretrained(tmp_path / "model")
+    parts = dict.fromkeys((*others, f"{layers}.0", f"{layers}.2"), "cpu")
+    offloaded = hfprune.from_pretrained(
+        tmp_path / "model",
+        attn_implementation="eager",
+        device_map={**parts, f"{layers}.1": "disk"},
+        offload_folder=tmp_path / "offload",
+    )
+    assert any(p.is_meta for p in offloaded.get_submodule(f"{layers}.1").parameters())
+    inputs = tiny.batch(model)
+    with torch.no_grad():
+        assert tiny.outputs(offloaded, inputs).equal(tiny.outputs(model, inputs))
