@@ -116,6 +116,7 @@ class _Run:
             uniform=recipe.prune.uniform,
             protect=recipe.prune.protect,
             layers=recipe.prune.layers,
+            experts=recipe.prune.experts,
         )
         if (
             self.folder.exists()

@@ -99,6 +99,7 @@ class Prune:
             transformers loads the pruned model.
         protect: names of groups, layers or stacks whose units all stay, such as "encoder.layer.0".
         layers: how many layers of every stack stay; null for all.
+        experts: how many routed experts of every layer stay; null for all.
         compensate: refit the outlets by least squares after removal.
     """
 
@@ -110,6 +111,7 @@ class Prune:
     uniform: bool = False
     protect: tuple[str, ...] = ()
     layers: int | None = None
+    experts: int | None = None
     compensate: bool = True
 
 

@@ -16,12 +16,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hfprune.structure.anatomy import Anatomy, Group
+from hfprune.structure.anatomy import Anatomy, Block, Group, moe_of
 from hfprune.structure.cost import Selection
 
 # Called with a group, its outlet's input (batch, tokens, units x columns) and the loss's gradient
-# of the same shape.
-Receiver = Callable[[Group, torch.Tensor, torch.Tensor], None]
+# of the same shape; with a block of experts, their routing weights instead of the input. Batch and
+# tokens are one dimension for experts and what lies beside them.
+Receiver = Callable[[Group | Block, torch.Tensor, torch.Tensor], None]
 
 
 def outlet_of(model: PreTrainedModel, group: Group) -> nn.Module:
@@ -35,12 +36,26 @@ def gated(model: PreTrainedModel, gates: Mapping[str, torch.Tensor]) -> Iterator
 
     Args:
         model: any model with a row in the table.
-        gates: {group name: (units,) factors}; a gate may require grad. Groups left out are not
-            touched.
+        gates: {name of a group or of a layer's experts: (units,) factors}; a gate may require
+            grad. What is left out is not touched.
     """
     anatomy = Anatomy.of(model)
+    experts = {block.name: block for block in anatomy.experts}
     with ExitStack() as stack:
         for name, factors in gates.items():
+            if name in experts:
+
+                def reweigh(
+                    module: nn.Module,
+                    args: tuple[torch.Tensor, ...],
+                    factors: torch.Tensor = factors,
+                ) -> tuple[torch.Tensor, ...]:
+                    hidden, index, weights = args
+                    return hidden, index, weights * factors.to(weights)[index]
+
+                routed = moe_of(model, experts[name])[1]
+                stack.callback(routed.register_forward_pre_hook(reweigh).remove)
+                continue
             group = anatomy[name]
 
             def scale(
@@ -59,8 +74,8 @@ def gated(model: PreTrainedModel, gates: Mapping[str, torch.Tensor]) -> Iterator
 
 @contextmanager
 def masked(model: PreTrainedModel, selection: Selection) -> Iterator[None]:
-    """Close the gates of all units and skip all layers that a selection drops: the pruned model,
-    nothing removed.
+    """The model that a selection leaves, nothing removed: heads and neurons with closed gates,
+    skipped layers, experts that no token is sent to.
     """
     anatomy, gates = Anatomy.of(model), {}
     for group in anatomy:
@@ -75,7 +90,22 @@ def masked(model: PreTrainedModel, selection: Selection) -> Iterator[None]:
             for index in set(whole) - set(selection.get(layers.name, whole)):
                 layer = model.base_model.get_submodule(f"{layers.name}.{index}")
                 stack.callback(layer.register_forward_hook(_skip, with_kwargs=True).remove)
+        for block in anatomy.experts:
+            if block.name in selection:
+                _route_to(stack, moe_of(model, block)[0], sorted(selection[block.name]))
         yield
+
+
+def _route_to(stack: ExitStack, router: nn.Module, experts: list[int]) -> None:
+    """Let a router choose among some of the experts until the stack closes."""
+    kept = torch.tensor(experts, device=router.weight.device)  # type: ignore[arg-type]
+    stack.callback(setattr, router, "weight", router.weight)
+    router.weight = nn.Parameter(router.weight[kept], requires_grad=False)  # type: ignore[index]
+
+    def number(module: nn.Module, args: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*output[:-1], kept[output[-1]])  # as the experts are numbered
+
+    stack.callback(router.register_forward_hook(number).remove)
 
 
 def _skip(
@@ -130,4 +160,26 @@ def gate_gradients(model: PreTrainedModel, anatomy: Anatomy, receive: Receiver) 
 
             hook = outlet_of(model, group).register_forward_pre_hook(watch)
             stack.callback(hook.remove)
+        for block in anatomy.experts:
+            _watch_experts(model, block, receive, stack)
         yield
+
+
+def _watch_experts(
+    model: PreTrainedModel, block: Block, receive: Receiver, stack: ExitStack
+) -> None:
+    """Report routing weights and their gradients, 0 for the experts that a token is not sent to."""
+
+    def spread(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(len(values), block.units).scatter(1, index, values)
+
+    def watch(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        _, index, weights = args  # (batch x tokens, top_k)
+        if not torch.is_grad_enabled():
+            return
+        if not weights.requires_grad:
+            weights.requires_grad_(True)
+        values = spread(weights.detach(), index)
+        weights.register_hook(lambda gradient: receive(block, values, spread(gradient, index)))
+
+    stack.callback(moe_of(model, block)[1].register_forward_pre_hook(watch).remove)

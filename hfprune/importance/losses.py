@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hfprune.errors import DataError
-from hfprune.structure.anatomy import Group
+from hfprune.structure.anatomy import Block, Group
 
 Batch = Mapping[str, torch.Tensor]
 Loss = Callable[[PreTrainedModel, Batch], torch.Tensor]
@@ -81,7 +81,7 @@ def is_token_level(batch: Batch) -> bool:
     return labels is not None and labels.dim() == 2 and not labels.is_floating_point()
 
 
-def is_decoder(model: PreTrainedModel, group: Group) -> bool:
+def is_decoder(model: PreTrainedModel, group: Group | Block) -> bool:
     """Whether a group of units lies in the decoder of an encoder-decoder."""
     return model.config.is_encoder_decoder and group.stack == 1
 

@@ -29,7 +29,7 @@ from hfprune.importance.losses import (
     is_token_level,
     padding_mask,
 )
-from hfprune.structure.anatomy import Anatomy, Group, axis_of, slices
+from hfprune.structure.anatomy import Anatomy, Block, Group, axis_of, moe_of, slices
 
 _META = "scores.json"
 _TENSORS = "scores.safetensors"
@@ -100,7 +100,7 @@ def score(
     loss: str | Loss = "labels",
     seed: int = 0,
 ) -> Scores:
-    """Score every head and neuron of a model from one pass over labelled batches.
+    """Score every head, neuron and routed expert of a model from one pass over labelled batches.
 
     The weights are frozen while it runs and no weight gradient is allocated: the cost is a forward
     pass and a backward pass over activations. With torch.distributed running, give every process
@@ -142,10 +142,11 @@ def score(
     gathering.reduce(model.device)
     if not gathering.examples:
         raise DataError("There are no calibration batches; give at least one.")
-    evidence = [gathering.evidence(model, group, seed + i) for i, group in enumerate(anatomy)]
+    parts = gathering.parts
+    evidence = [gathering.evidence(model, part, seed + i) for i, part in enumerate(parts)]
     importance = {
         name: {
-            g.name: function(e).double().cpu() for g, (e, _) in zip(anatomy, evidence, strict=True)
+            g.name: function(e).double().cpu() for g, (e, _) in zip(parts, evidence, strict=True)
         }
         for name, function in wanted.items()
     }
@@ -186,8 +187,8 @@ class _Gathering:
         self.inputs: dict[str, torch.Tensor] = {}
         self.examples = 0
         self.tokens = 0
+        self.parts: list[Group | Block] = [*anatomy, *anatomy.experts]
         self._model = model
-        self._anatomy = anatomy
         self._batch: Batch = {}
         self._index = 0
         self._counted = False
@@ -196,8 +197,15 @@ class _Gathering:
         """Tell which batch, of all processes' batches, the coming gradients belong to."""
         self._batch, self._index, self._counted = batch, index, False
 
-    def receive(self, group: Group, activation: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Add one group's input and gradient, each (batch, tokens, units x columns)."""
+    def receive(
+        self, group: Group | Block, activation: torch.Tensor, gradient: torch.Tensor
+    ) -> None:
+        """Add one group's input and gradient, each (batch, tokens, units x columns), or without a
+        dimension for the batch.
+        """
+        if activation.dim() == 2:
+            examples = len(next(iter(self._batch.values())))
+            activation, gradient = (t.unflatten(0, (examples, -1)) for t in (activation, gradient))
         # Sums in bf16 would lose small terms.
         wide = torch.promote_types(activation.dtype, torch.float32)
         values = activation.to(wide)
@@ -229,7 +237,7 @@ class _Gathering:
         return torch.stack([values[start::2].double().sum(dim=0) for start in starts])
 
     @staticmethod
-    def _add(sums: dict[str, torch.Tensor], group: Group, values: torch.Tensor) -> None:
+    def _add(sums: dict[str, torch.Tensor], group: Group | Block, values: torch.Tensor) -> None:
         values = values.double()
         sums[group.name] = sums[group.name] + values if group.name in sums else values
 
@@ -240,9 +248,9 @@ class _Gathering:
         counts = torch.tensor([self.examples, self.tokens], device=device)
         dist.all_reduce(counts)
         self.examples, self.tokens = counts.tolist()
-        reached = torch.tensor([int(g.name in self.absolute) for g in self._anatomy], device=device)
+        reached = torch.tensor([int(g.name in self.absolute) for g in self.parts], device=device)
         dist.all_reduce(reached)
-        for group in (g for g, times in zip(self._anatomy, reached, strict=True) if times):
+        for group in (g for g, times in zip(self.parts, reached, strict=True) if times):
             for sums, shape in (
                 (self.absolute, (2, group.units)),
                 (self.squared, (2, group.units)),
@@ -253,7 +261,7 @@ class _Gathering:
                 sums[group.name] = total
 
     def evidence(
-        self, model: PreTrainedModel, group: Group, seed: int
+        self, model: PreTrainedModel, group: Group | Block, seed: int
     ) -> tuple[Evidence, tuple[Evidence, Evidence]]:
         """The evidence of a group, from all examples and from each half of them."""
         if group.units and group.name not in self.absolute:
@@ -283,11 +291,18 @@ class _Gathering:
         return whole, (one, other)
 
 
-def _weight_norms(model: PreTrainedModel, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+def _weight_norms(
+    model: PreTrainedModel, group: Group | Block
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Squared weight norms, float64: (units, columns) of the outlet, (units,) of all of a unit.
 
-    The key and value of a KV group count for each of its query heads.
+    The key and value of a KV group count for each of its query heads. Of an expert, whose routing
+    weight is its gate, the outlet is the expert itself.
     """
+    if isinstance(group, Block):
+        tensors = [p.detach().double().flatten(1) for p in moe_of(model, group)[1].parameters()]
+        norms = torch.stack([t.square().sum(dim=1) for t in tensors]).sum(dim=0)
+        return norms[:, None], norms
     outlet = outlet_of(model, group)
     columns = _squares(outlet).sum(dim=1 - axis_of(outlet, 1))
     total = torch.zeros(group.units, dtype=torch.float64, device=columns.device)

@@ -27,7 +27,8 @@ class PruningPlan:
     Attributes:
         anatomy: of the model the plan was made for.
         keep: {group name: kept unit indices, ascending}, every group of the anatomy; and {stack
-            path: kept layers} of the stacks that lose layers, whose groups keep nothing.
+            path: kept layers} of the stacks that lose layers, whose groups keep nothing; and {path
+            of a layer's experts: kept experts} where some go.
         budget: what was asked for.
         criterion: by which importance the units were chosen.
         tokens: length of the example whose MACs are counted.
@@ -141,6 +142,12 @@ class PruningPlan:
             f"Of {stack}, whole layers go: {', '.join(map(str, layers))}."
             for stack, layers in self.dropped.items()
         ]
+        lines += [
+            f"Of {block.name}, these of {block.units} experts stay:"
+            f" {', '.join(map(str, self.keep[block.name]))}."
+            for block in self.anatomy.experts
+            if block.name in self.keep
+        ]
         before, after = layers_params(self.anatomy), layers_params(self.anatomy, self.keep)
         lines += [
             "",
@@ -157,7 +164,7 @@ class PruningPlan:
         """What another plan for the same model keeps instead, a line per group that differs."""
         self.check_fits(other.anatomy)
         lines = []
-        for part in (*self.anatomy, *self.anatomy.stacks):
+        for part in (*self.anatomy, *self.anatomy.blocks):
             mine, theirs = (
                 set(plan.keep.get(part.name, range(part.units))) for plan in (self, other)
             )

@@ -51,6 +51,8 @@ class Constraints:
             The budget stays a share of all layers.
         layers: how many layers every stack keeps, a protected stack aside; None for all. Those of
             the greatest importance stay: a layer's is the sum over its heads and neurons.
+        experts: how many routed experts every layer keeps, those of the greatest importance; None
+            for all. A token is sent to as many as before: parameters go, MACs do not.
     """
 
     min_heads: int = 1
@@ -60,6 +62,7 @@ class Constraints:
     uniform: bool = False
     protect: tuple[str, ...] = ()
     layers: int | None = None
+    experts: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.min_heads, self.min_neurons) < 0 or self.round_to < 1 or self.tolerance <= 0:
@@ -79,8 +82,9 @@ class Constraints:
         """Refuse constraints that do not fit a model; for before anything is trained or scored.
 
         Raises:
-            HfpruneError: `protect` names nothing in the model or more layers than may stay, or
-                `uniform` asks for what the family's own config cannot hold.
+            HfpruneError: `protect` names nothing in the model or more layers than may stay,
+                `experts` are fewer than a token is sent to, or `uniform` asks for what the family's
+                own config cannot hold.
         """
         anatomy = Anatomy.of(model)
         layers = [f"{stack.name}.{n}" for stack in anatomy.stacks for n in range(stack.units)]
@@ -91,6 +95,8 @@ class Constraints:
                 raise HfpruneError(unknown("name in protect", name, names | stacks))
         for stack in anatomy.stacks:
             self.layers_that_stay(stack)
+        if self.experts is not None:
+            self._check_experts(anatomy, self.experts)
         for group in anatomy if self.uniform else ():
             floor = self.min_heads if group.kind == "head" else self.min_neurons
             if (
@@ -103,6 +109,18 @@ class Constraints:
                     f" {group.kind}s, as in {group.name}. Keep them all with"
                     f" min_{group.kind}s={group.units}, or plan without uniform."
                 )
+
+    def _check_experts(self, anatomy: Anatomy, count: int) -> None:
+        if not anatomy.experts:
+            raise HfpruneError(f"A {anatomy.model_type} has no routed experts to keep.")
+        for block in anatomy.experts:
+            if count < block.least:
+                raise HfpruneError(
+                    f"experts must be {block.least} or more, not {count}: the router of"
+                    f" {block.name} sends every token to {block.least}."
+                )
+            if self.uniform and count < block.units:
+                raise HfpruneError("uniform keeps all experts; plan without it, or all of them.")
 
     def layers_that_stay(self, stack: Block) -> set[int]:
         """The layers of a stack that no plan may drop.
@@ -121,8 +139,8 @@ class Constraints:
             )
         return stay
 
-    def protects(self, group: Group) -> bool:
-        """Whether all units of a group must stay."""
+    def protects(self, group: Group | Block) -> bool:
+        """Whether all units of a group, or all experts of a layer, must stay."""
         return any(_lies_in(group.name, name) for name in self.protect)
 
 
@@ -214,6 +232,11 @@ def solve(
     """The plan that keeps the most importance under a budget; see `plan`."""
     keep: dict[str, tuple[int, ...]] = _kept_layers(anatomy, importance, constraints)
     stay = {stack.stack: keep.get(stack.name, range(stack.units)) for stack in anatomy.stacks}
+    for block in anatomy.experts:
+        fewer = constraints.experts is not None and constraints.experts < block.units
+        if fewer and block.layer in stay[block.stack] and not constraints.protects(block):
+            best = importance[block.name].argsort(descending=True, stable=True)
+            keep[block.name] = tuple(sorted(best[: constraints.experts].tolist()))
     offers = [
         _options(group, importance[group.name], budget.resource, constraints, tokens)
         for group in anatomy

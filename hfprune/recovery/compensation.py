@@ -83,6 +83,12 @@ def compensate(
     twins = {
         g.name: dense_groups[g.stack, layers[g.stack][g.layer][0], g.kind, g.part] for g in anatomy
     }
+    experts = {(b.stack, b.layer): b.units for b in before.experts}
+    fewer_experts = {
+        (b.stack, b.layer)
+        for b in anatomy.experts
+        if b.units < experts[b.stack, layers[b.stack][b.layer][0]]
+    }
     bar = tqdm(total=len(anatomy.groups), desc="compensating", delay=2, leave=False)
     with torch.no_grad(), _eval(dense), _eval(pruned):
         for index, stack in enumerate(row_of(pruned.config.model_type).stacks):
@@ -90,7 +96,9 @@ def compensate(
             changed = [
                 g
                 for g in groups
-                if g.units < twins[g.name].units or layers[index][g.layer] != (g.layer, g.layer)
+                if g.units < twins[g.name].units
+                or layers[index][g.layer] != (g.layer, g.layer)
+                or (index, g.layer) in fewer_experts
             ]
             if not changed:
                 continue
@@ -106,7 +114,8 @@ def compensate(
                 sums = _dense_sums(dense, stack.layers, same, points, theirs, own)
                 for gone in range(own + 1, last + 1):
                     end = dense_groups.get((index, gone, same[-1].kind, same[-1].part))
-                    if end is None or points[-1] is None:  # no sum that could be taken over
+                    # Where experts come after the last outlet, its sum is not the layer's.
+                    if end is None or points[-1] is None or end.kind != "neuron":
                         _advance(dense, stack.layers, theirs, gone)
                     else:
                         sums[-1:] = _dense_sums(
@@ -243,7 +252,8 @@ def _watch(
     layer, outlet = layer_of(model, group), outlet_of(model, group)
 
     def flat(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[mask] if mask is not None else tensor.flatten(0, -2)
+        rows = tensor.flatten(0, -2)
+        return rows if mask is None else rows[mask.flatten()]
 
     def at_outlet(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         found["input"], found["output"] = flat(args[0]), flat(output)

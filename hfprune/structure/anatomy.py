@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -101,6 +101,7 @@ class Block:
         unit_params: per unit, what goes with it besides the groups and experts inside.
         least: how many units must stay.
         pinned: units that must stay.
+        columns: an expert has one routing weight, as a neuron has one column.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Block:
     unit_params: tuple[int, ...]
     least: int = 1
     pinned: tuple[int, ...] = ()
+    columns: ClassVar[int] = 1
 
     @property
     def units(self) -> int:
@@ -145,6 +147,11 @@ class Anatomy:
     def stacks(self) -> tuple[Block, ...]:
         """The blocks of layers, one per stack."""
         return tuple(block for block in self.blocks if block.kind == "layer")
+
+    @property
+    def experts(self) -> tuple[Block, ...]:
+        """The blocks of routed experts, one per layer that has some."""
+        return tuple(block for block in self.blocks if block.kind == "expert")
 
     @staticmethod
     def of(model: PreTrainedModel) -> Anatomy:
@@ -388,6 +395,14 @@ def slices(model: PreTrainedModel, group: Group) -> list[Slice]:
 def layer_of(model: PreTrainedModel, group: Group) -> nn.Module:
     """The layer that a group lies in."""
     return model.base_model.get_submodule(f"{stack_of(model, group).layers}.{group.layer}")
+
+
+def moe_of(model: PreTrainedModel, block: Block) -> tuple[nn.Module, nn.Module]:
+    """The router and the experts of one layer."""
+    stack = row_of(model.config.model_type).stacks[block.stack]
+    assert stack.moe is not None, "only a stack with experts has such a block"
+    layer = model.base_model.get_submodule(f"{stack.layers}.{block.layer}")
+    return layer.get_submodule(stack.moe.router), layer.get_submodule(stack.moe.experts)
 
 
 def _head_slices(layer: nn.Module, row: Attention) -> list[Slice]:

@@ -17,6 +17,7 @@ from hfprune.structure.anatomy import (
     Slice,
     axis_of,
     layer_of,
+    moe_of,
     slices,
     stack_of,
 )
@@ -70,7 +71,7 @@ def cut(
     for block in anatomy.blocks:
         keep = sorted(selection.get(block.name, range(block.units)))
         if len(keep) < block.units and block.kind == "expert":
-            _cut_experts(model, stacks[block.stack], block, keep)
+            _cut_experts(model, block, keep)
     for block in anatomy.blocks:
         keep = sorted(selection.get(block.name, range(block.units)))
         if len(keep) < block.units and block.kind == "layer":
@@ -137,12 +138,10 @@ def _check_block(block: Block, units: Sequence[int]) -> None:
         )
 
 
-def _cut_experts(model: PreTrainedModel, stack: Stack, block: Block, keep: Sequence[int]) -> None:
+def _cut_experts(model: PreTrainedModel, block: Block, keep: Sequence[int]) -> None:
     """Keep some of the routed experts of one layer, and their rows in the router."""
-    assert stack.moe is not None, "only a stack with experts has such a block"
-    layer = model.base_model.get_submodule(f"{stack.layers}.{block.layer}")
-    router, experts = (layer.get_submodule(p) for p in (stack.moe.router, stack.moe.experts))
-    around = layer.get_submodule(stack.moe.experts.rpartition(".")[0])
+    router, experts = moe_of(model, block)
+    around = model.base_model.get_submodule(block.name.rpartition(".")[0])
     for module in (router, experts):
         _take(module, 0, torch.tensor(keep))
     for module in (router, experts, around):

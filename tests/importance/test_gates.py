@@ -225,3 +225,32 @@ def test_a_forward_without_gradients_inside_reports_nothing():
         assert not seen
         losses(model, batch).sum().backward()
     assert len(seen) == len(Anatomy.of(model).groups)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "olmoe", "phimoe"])
+def test_the_gates_of_experts_have_the_slope_of_finite_differences(family):
+    model = tiny.model(family, dtype=torch.float64)
+    inputs, found = tiny.batch(model), {}
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(tiny.outputs(model, inputs).shape, generator=generator).double()
+
+    def loss():
+        return (tiny.outputs(model, inputs) * weights).sum()
+
+    def receive(part, activation, gradient):
+        assert activation.shape == gradient.shape
+        found[part.name] = (activation * gradient).double().flatten(0, -2).sum(0)
+
+    anatomy = Anatomy.of(model)
+    with frozen(model), gate_gradients(model, anatomy, receive):
+        loss().backward()
+    assert len(anatomy.experts) == tiny.LAYERS
+    step = 1e-4
+    for block in anatomy.experts:
+        direction = torch.randn(block.units, generator=generator).double()
+        sides = []
+        for sign in (1, -1):
+            with torch.no_grad(), gated(model, {block.name: 1 + sign * step * direction}):
+                sides.append(loss())
+        slope = (sides[0] - sides[1]) / (2 * step)
+        torch.testing.assert_close(found[block.name] @ direction, slope, rtol=1e-2, atol=5e-2)

@@ -310,3 +310,22 @@ def test_two_processes_are_one(tmp_path):
         assert both.agreement == pytest.approx(alone.agreement)
         error = (tmp_path / f"error{rank}").read_text()
         assert "does not depend on layers.1.self_attn" in error
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe"])
+def test_experts_and_what_lies_beside_them_are_scored(family):
+    model = tiny.model(family)
+    batch = tiny.batch(model)
+    batch["labels"] = batch["input_ids"]
+    scores = score(model, [batch])
+    anatomy = Anatomy.of(model)
+    for name in CRITERIA:
+        for part in (*anatomy, *anatomy.experts):
+            values = scores.by(name)[part.name]
+            assert values.shape == (part.units,) and values.min() >= 0 and values.max() > 0
+    # The sums over examples do not depend on how they are batched.
+    by_one = score(model, [{k: v[n : n + 1] for k, v in batch.items()} for n in range(2)])
+    for name in ("taylor", "fisher", "activation"):
+        for part in (*anatomy, *anatomy.experts):
+            one, both = by_one.by(name)[part.name], scores.by(name)[part.name]
+            torch.testing.assert_close(one, both, rtol=1e-4, atol=1e-6)

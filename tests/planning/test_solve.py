@@ -164,7 +164,7 @@ def scored(model, seed=0, skew=2):
     generator = torch.Generator().manual_seed(seed)
     importance = {
         g.name: torch.rand(g.units, generator=generator, dtype=torch.float64) ** skew
-        for g in anatomy
+        for g in (*anatomy, *anatomy.experts)
     }
     return Scores({"fisher": importance}, anatomy.fingerprint, 4, float(TOKENS), {})
 
@@ -507,3 +507,41 @@ def test_fewer_layers_of_the_same_widths_need_no_hfprune(tmp_path):
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     assert plain.config.num_hidden_layers == 2 and type(plain) is type(model)
     assert tiny.outputs(plain, inputs).equal(tiny.outputs(smaller, inputs))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "phimoe"])
+def test_the_experts_of_least_importance_go(family):
+    model = tiny.model(family)
+    scores = scored(model)
+    constraints = Constraints(experts=3, tolerance=0.05)
+    made = plan(model, scores, "params=52%", constraints=constraints)
+    assert 0.49 < made.params_share <= 0.52
+    assert len(made.anatomy.experts) == tiny.LAYERS
+    for block in made.anatomy.experts:
+        best = scores.by("fisher")[block.name].topk(3).indices.tolist()
+        assert made.keep[block.name] == tuple(sorted(best))
+        said = f"Of {block.name}, these of 6 experts stay: {', '.join(map(str, sorted(best)))}."
+        assert said in made.explain()
+    inputs = tiny.batch(model)
+    pruned = remove(model, made)
+    with preview(model, made), torch.no_grad():
+        expected = tiny.outputs(model, inputs)
+    torch.testing.assert_close(tiny.outputs(pruned, inputs), expected, rtol=1e-4, atol=1e-4)
+    assert made.params_share == layers_params(Anatomy.of(pruned)) / layers_params(made.anatomy)
+    assert PruningPlan.from_dict(made.to_dict()) == made
+    other = plan(model, scores, "params=95%", constraints=Constraints(tolerance=0.1))
+    assert f"{block.name}: 3 -> 6 experts (+3 -0)" in made.diff(other)
+    kept_whole = Constraints(experts=3, protect=("layers.1",), tolerance=0.1)
+    assert set(made.keep) - set(plan(model, scores, "params=70%", constraints=kept_whole).keep) == {
+        "layers.1.mlp.experts"
+    }
+
+
+def test_experts_that_cannot_go_are_refused():
+    model = tiny.model("mixtral")
+    with pytest.raises(HfpruneError, match="experts must be 2 or more, not 1"):
+        plan(model, scored(model), "params=50%", constraints=Constraints(experts=1))
+    with pytest.raises(HfpruneError, match="uniform keeps all experts"):
+        plan(model, scored(model), "params=50%", constraints=Constraints(experts=3, uniform=True))
+    with pytest.raises(HfpruneError, match="A bert has no routed experts"):
+        Constraints(experts=3).check(tiny.model("bert"))

@@ -369,6 +369,16 @@ def test_layers_that_went_unsaid_are_refused_before_any_work():
     assert_close_models(pruned, before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("keep", [{}, {"layers": (0, 2)}])
+def test_what_experts_leave_behind_is_taken_up_by_later_outlets(keep):
+    dense = tiny.model("mixtral")
+    keep = keep | {f"layers.{n}.mlp.experts": (0, 1, 4) for n in range(3)}
+    data = batches(dense)
+    pruned = copy_and_cut(dense, keep)
+    refitted = compensate(dense, copy.deepcopy(pruned), data, keep)
+    assert error(refitted, dense, data) < error(pruned, dense, data)
+
+
 def test_labels_are_not_read():
     dense = tiny.model("llama")
     pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))

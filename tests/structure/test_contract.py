@@ -106,8 +106,11 @@ def test_without_a_layer_it_is_the_dense_one_that_skips_it(family, tmp_path):
         gone = 1 if block.pinned else 0
         keep[block.name] = [unit for unit in range(block.units) if unit != gone]
     pruned = copy_and_cut(dense, keep)
-    with torch.no_grad(), masked(dense, keep), only(dense, keep):
+    groups = {group.name: keep[group.name] for group in anatomy}
+    with torch.no_grad(), masked(dense, groups), only(dense, keep):
         expected = tiny.outputs(dense, inputs)
+    with torch.no_grad(), masked(dense, keep):  # which skips and routes too
+        torch.testing.assert_close(tiny.outputs(dense, inputs), expected, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         got = tiny.outputs(pruned, inputs)
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
