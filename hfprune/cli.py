@@ -62,6 +62,12 @@ def plan(
     output: Annotated[Path, typer.Option(help="Where the plan is written.")] = Path("plan.json"),
     criterion: Annotated[str, typer.Option(help="By which importance.")] = "fisher",
     round_to: Annotated[int, typer.Option(help="FFN widths are multiples of this.")] = 1,
+    uniform: Annotated[bool, typer.Option(help="All layers alike: a stock model.")] = False,
+    protect: Annotated[
+        list[str] | None, typer.Option(help="Layer or stack that stays whole; may be repeated.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="How many layers stay.")] = None,
+    experts: Annotated[int | None, typer.Option(help="How many experts a layer keeps.")] = None,
 ) -> None:
     """Plan what stays under a budget, and explain it."""
     from hfprune.importance.scoring import Scores
@@ -74,7 +80,13 @@ def plan(
         Scores.load(scores),
         budget,
         criterion,
-        Constraints(round_to=round_to),
+        Constraints(
+            round_to=round_to,
+            uniform=uniform,
+            protect=tuple(protect or ()),
+            layers=layers,
+            experts=experts,
+        ),
     )
     made.save(output)
     typer.echo(f"{made.explain()}\nWritten to {output}.")

@@ -117,6 +117,16 @@ def test_score_plan_and_remove(run, recipe, model, tmp_path):
     status, _, err = run("remove", model, plan, small)
     assert status == 2
     assert "exists; choose a folder that does not" in err
+    shallow = tmp_path / "shallow.json"
+    options = ["--layers", 2, "--protect", "encoder.layer.2.attention", "--output", shallow]
+    status, out, _ = run("plan", model, scores, "macs=60%", *options)
+    assert status == 0 and "Of encoder.layer, whole layers go" in out
+    made = PruningPlan.load(shallow)
+    assert 2 in made.keep["encoder.layer"]
+    status, _, err = run("plan", model, scores, "macs=60%", "--uniform")
+    assert status == 2 and "cannot hold fewer heads" in err
+    status, _, err = run("plan", model, scores, "macs=60%", "--experts", 2)
+    assert status == 2 and "has no routed experts" in err
 
 
 def one_line(err):

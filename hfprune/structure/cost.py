@@ -55,7 +55,10 @@ def layers_params(anatomy: Anatomy, selection: Selection | None = None) -> int:
 
 
 def layers_macs(anatomy: Anatomy, tokens: int, selection: Selection | None = None) -> int:
-    """MACs of the layers' groups for one example of `tokens` tokens."""
+    """MACs of the layers' heads and neurons for one example of `tokens` tokens.
+
+    Routed experts are not counted: a token is sent to as many, however many there are.
+    """
     return sum(
         group_macs(g, len(units), _kv_count(g, units), tokens)
         for g, units in _kept(anatomy, selection or {})
@@ -111,6 +114,9 @@ def anatomy_table(anatomy: Anatomy, tokens: int = 128) -> str:
                 f"{group_macs(g, g.units, kv, tokens):,}",
             )
         )
+    for block in anatomy.experts:
+        params = f"{sum(block.unit_params):,}"
+        rows.append((block.name, "experts", f"{block.units:,}", params, "as routed"))
     rows.append(
         ("layers", "", "", f"{layers_params(anatomy):,}", f"{layers_macs(anatomy, tokens):,}")
     )

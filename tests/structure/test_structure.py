@@ -328,6 +328,12 @@ def test_a_stock_model_keeps_its_history(tmp_path):
     assert getattr(again.config, KEY)["lineage"] == [{"budget": "a"}, {"budget": "b"}]
 
 
+def test_the_table_of_a_model_lists_its_experts():
+    lines = str(Anatomy.of(tiny.model("mixtral"))).splitlines()
+    (line,) = (line for line in lines if line.startswith("layers.1.mlp.experts"))
+    assert line.split()[1:3] == ["experts", str(tiny.EXPERTS)]
+
+
 def test_the_family_table_lists_every_row():
     table = family_table()
     assert all(f"`{name}`" in table for name in ROWS)
