@@ -88,7 +88,7 @@ class Constraints:
         """
         anatomy = Anatomy.of(model)
         layers = [f"{stack.name}.{n}" for stack in anatomy.stacks for n in range(stack.units)]
-        names = {*layers, *(group.name for group in anatomy)}
+        names = {*layers, *(part.name for part in (*anatomy, *anatomy.experts))}
         for name in self.protect:
             if not any(_lies_in(known, name) for known in names):
                 stacks = {stack.name for stack in anatomy.stacks}
@@ -113,14 +113,17 @@ class Constraints:
     def _check_experts(self, anatomy: Anatomy, count: int) -> None:
         if not anatomy.experts:
             raise HfpruneError(f"A {anatomy.model_type} has no routed experts to keep.")
+        if self.uniform and len({self.protects(block) for block in anatomy.experts}) > 1:
+            raise HfpruneError(
+                "uniform: the experts of some layers are protected, and of others not. Protect all"
+                " layers of the stack or none, or plan without uniform."
+            )
         for block in anatomy.experts:
             if count < block.least:
                 raise HfpruneError(
                     f"experts must be {block.least} or more, not {count}: the router of"
                     f" {block.name} sends every token to {block.least}."
                 )
-            if self.uniform and count < block.units:
-                raise HfpruneError("uniform keeps all experts; plan without it, or all of them.")
 
     def layers_that_stay(self, stack: Block) -> set[int]:
         """The layers of a stack that no plan may drop.

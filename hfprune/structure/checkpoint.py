@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from hfprune.errors import CheckpointError
 from hfprune.structure.anatomy import Anatomy, Group, stack_of
-from hfprune.structure.architectures import Stack
+from hfprune.structure.architectures import Stack, row_of
 from hfprune.structure.modeling_hfprune import (
     EMPTY,
     KEY,
@@ -144,8 +144,14 @@ def as_stock(model: PreTrainedModel) -> PreTrainedModel:
             The model stays as it was.
     """
     own_config(model)
+    settings_of = _settings(model)
+    for block in Anatomy.of(model).experts:
+        part = _part(row_of(model.config.model_type).stacks[block.stack])
+        known = _config_of(model, part).to_dict()
+        name = "num_experts" if "num_experts" in known else "num_local_experts"
+        settings_of.setdefault(part, {})[block.layer, name] = block.units
     before: list[tuple[PreTrainedConfig, dict[str, Any]]] = []
-    for part, settings in _settings(model).items():
+    for part, settings in settings_of.items():
         config = _config_of(model, part)
         values = {name: value for (_, name), value in settings.items()}
         if getattr(config, "head_dim", None) is None and "head_dim" in config.to_dict():

@@ -541,7 +541,21 @@ def test_experts_that_cannot_go_are_refused():
     model = tiny.model("mixtral")
     with pytest.raises(HfpruneError, match="experts must be 2 or more, not 1"):
         plan(model, scored(model), "params=50%", constraints=Constraints(experts=1))
-    with pytest.raises(HfpruneError, match="uniform keeps all experts"):
-        plan(model, scored(model), "params=50%", constraints=Constraints(experts=3, uniform=True))
+    mixed = Constraints(experts=3, uniform=True, protect=("layers.1.mlp",))
+    with pytest.raises(HfpruneError, match="Protect all layers of the stack or none"):
+        plan(model, scored(model), "params=50%", constraints=mixed)
     with pytest.raises(HfpruneError, match="A bert has no routed experts"):
         Constraints(experts=3).check(tiny.model("bert"))
+
+
+def test_a_uniform_plan_of_fewer_experts_makes_a_stock_model(tmp_path):
+    model = tiny.model("mixtral")
+    constraints = Constraints(experts=3, uniform=True, tolerance=0.1)
+    smaller = remove(model, plan(model, scored(model), "params=50%", constraints=constraints))
+    smaller.save_pretrained(tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager", experts_implementation="eager"
+    )
+    assert type(plain) is type(smaller) is type(model)
+    inputs = tiny.batch(model)
+    assert tiny.outputs(plain, inputs).equal(tiny.outputs(smaller, inputs))

@@ -309,6 +309,22 @@ def test_a_uniform_structure_needs_no_hfprune(family, tmp_path):
     assert tiny.outputs(plain, inputs).equal(tiny.outputs(model, inputs))
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "phimoe"])
+def test_equally_many_experts_need_no_hfprune(family, tmp_path):
+    model = tiny.model(family)
+    keep = {block.name: (0, 2, 5) for block in Anatomy.of(model).experts}
+    uneven = copy_and_cut(model, dict([*keep.items()][:2]))
+    with pytest.raises(CheckpointError, match="cannot hold this structure"):
+        as_stock(uneven)
+    model = as_stock(copy_and_cut(model, keep))
+    model.save_pretrained(tmp_path)
+    plain = getattr(transformers, tiny.auto_class(family)).from_pretrained(
+        tmp_path, attn_implementation="eager", experts_implementation="eager"
+    )
+    inputs = tiny.batch(model)
+    assert tiny.outputs(plain, inputs).equal(tiny.outputs(model, inputs))
+
+
 def test_a_structure_that_a_stock_config_cannot_hold_is_refused_and_stays():
     keep = {f"encoder.layer.{n}.output.dense": range(5 + n) for n in range(2)}
     model = copy_and_cut(tiny.model("bert"), keep)
