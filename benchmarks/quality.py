@@ -80,11 +80,11 @@ def one(seed: int, budget: float, loss: str, criterion: str, distill: bool) -> d
 def judge(recipe: Recipe, stages: list[str], last: str) -> dict[str, float]:
     """Test accuracy of every stage of a run."""
     from hfprune.data import Batches
-    from hfprune.pipeline import test_batches
+    from hfprune.pipeline import evaluation_batches
     from hfprune.structure.checkpoint import from_pretrained
 
     run(recipe, until=last)
-    batches: Batches = test_batches(recipe)
+    batches: Batches = evaluation_batches(recipe)
     folder = Path(recipe.output)
     return {
         stage: evaluate_classification(from_pretrained(folder / stage), batches).value

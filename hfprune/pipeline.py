@@ -95,7 +95,7 @@ def run(
     return _Run(made, say).go(until)
 
 
-def test_batches(recipe: Recipe) -> Batches:
+def evaluation_batches(recipe: Recipe) -> Batches:
     """The batches that a run of the recipe is judged on."""
     made = _Run(recipe, print)
     return Batches(made.splits["test"], made.tokenizer, recipe.score.batch_size)

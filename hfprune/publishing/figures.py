@@ -55,6 +55,7 @@ def draw_kept(plan: PruningPlan, path: str | os.PathLike[str]) -> None:
     left.set(
         xlim=(0, most + 2.2), ylim=(len(heads) - 0.4, -0.6), title="Attention heads", xlabel="head"
     )
+    left.set_xticks(range(0, most + 1, max(1, most // 6)))
     left.set_yticks(range(len(heads)), [_label(g, plan) for g in heads], fontsize=8)
     shares = [len(plan.keep[g.name]) / max(1, g.units) for g in neurons]
     right.barh(range(len(neurons)), [1] * len(neurons), color=GONE, height=0.8)
