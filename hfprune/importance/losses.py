@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hfprune.errors import DataError
 from hfprune.structure.anatomy import Block, Group
@@ -94,10 +95,8 @@ def padding_mask(batch: Batch, states: torch.Tensor, decoder: bool) -> torch.Ten
 
 def shifts_labels(model: PreTrainedModel) -> bool:
     """Whether the loss compares each position with the next label, as decoders' losses do."""
-    if model.config.is_encoder_decoder:
-        return False
-    # GPT2LMHeadModel and its like carry no loss_type: transformers falls back to the causal one.
-    return model.loss_type == "ForCausalLM" or (model.loss_type is None and model.can_generate())
+    # By the class's name: `loss_type` is None for GPT2LMHeadModel and its like.
+    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 LOSSES: dict[str, Loss] = {"labels": labels_loss, "logits": logits_loss}

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
 from hfprune.errors import CheckpointError, DataError, RecipeError
+from hfprune.importance.losses import shifts_labels
 from hfprune.recovery.losses import (
     Counted,
     Divergence,
@@ -156,7 +156,7 @@ class DistillationTrainer(Trainer):
         self._encoder = (
             set(student.get_encoder().modules()) if student.config.is_encoder_decoder else set()
         )
-        self._shifted = type(student).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        self._shifted = shifts_labels(student)
         self._reset_parts()
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
