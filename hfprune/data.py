@@ -8,14 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hfprune.errors import DataError, unknown
-from hfprune.recipe import Data
+from hfprune.recipe import SPLITS, Data
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-SPLITS = ("train", "dev", "test")
 
 
 def load_texts(data: Data) -> dict[str, Dataset]:

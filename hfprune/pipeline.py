@@ -28,7 +28,7 @@ import transformers
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hfprune.data import SPLITS, Batches, blocks, labelled, load_texts
+from hfprune.data import Batches, blocks, labelled, load_texts
 from hfprune.errors import CheckpointError, HfpruneError, RecipeError
 from hfprune.evaluation.evaluate import (
     Quality,
@@ -44,7 +44,7 @@ from hfprune.planning.solve import Constraints, plan
 from hfprune.pruning import remove
 from hfprune.publishing.figures import draw_kept, kept_as_text
 from hfprune.publishing.report import Report, Variant
-from hfprune.recipe import Distill, Finetune, Recipe
+from hfprune.recipe import SPLITS, Distill, Finetune, Recipe
 from hfprune.recovery.compensation import compensate
 from hfprune.structure.checkpoint import from_pretrained
 from hfprune.structure.cost import counted_macs

@@ -24,6 +24,10 @@ _MAY_BE_ZERO = {
 }  # fmt: skip
 
 
+SPLITS = ("train", "dev", "test")
+"""The names of the splits, which are fields of `Data`."""
+
+
 @dataclass(frozen=True)
 class Data:
     """Where the examples come from.
@@ -235,7 +239,7 @@ class Recipe:
         if not self.measure.batch_sizes:
             raise RecipeError("measure.batch_sizes must hold one batch size at least.")
         if not self.data.dataset:
-            for split in ("train", "dev", "test"):
+            for split in SPLITS:
                 file = Path(getattr(self.data, split))
                 if not file.is_file():
                     raise RecipeError(

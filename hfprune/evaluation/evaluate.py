@@ -256,14 +256,10 @@ def inference(model: torch.nn.Module) -> Iterator[torch.device]:
     """Evaluation mode without gradients; each module's own mode comes back. Gives the device."""
     import torch
 
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield next(model.parameters()).device
-    finally:
-        for module in training:
-            module.training = True
+    from hfprune.importance.gates import evaluating
+
+    with evaluating(model), torch.inference_mode():
+        yield next(model.parameters()).device
 
 
 def model_inputs(

@@ -117,20 +117,29 @@ def _skip(
 
 
 @contextmanager
-def frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode and no gradient for any weight while the context is open; restored after."""
-    was_training = {module: module.training for module in model.modules()}
-    trainable = [p for p in model.parameters() if p.requires_grad]
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode while the context is open; each module's own mode comes back after."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
-        model.eval()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        for module, training in was_training.items():
-            module.training = training
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode and no gradient for any weight while the context is open; restored after."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    with evaluating(model):
+        try:
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
 
 
 @contextmanager
@@ -149,9 +158,8 @@ def gate_gradients(model: PreTrainedModel, anatomy: Anatomy, receive: Receiver) 
                 activation = args[0]
                 if not torch.is_grad_enabled():
                     return
-                if (
-                    not activation.requires_grad
-                ):  # the first outlet: nothing before it has a gradient
+                # Nothing before the first outlet has a gradient.
+                if not activation.requires_grad:
                     activation.requires_grad_(True)
                 # detach: a hook that held the tensor it hangs on would be a cycle, freed only by
                 # the collector.

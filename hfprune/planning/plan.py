@@ -15,7 +15,13 @@ from typing import Any
 from hfprune.errors import HfpruneError
 from hfprune.planning.budget import Budget
 from hfprune.structure.anatomy import Anatomy, Group
-from hfprune.structure.cost import group_macs, group_params, layers_macs, layers_params
+from hfprune.structure.cost import (
+    aligned,
+    group_macs,
+    group_params,
+    layers_macs,
+    layers_params,
+)
 
 VERSION = 1
 
@@ -110,12 +116,11 @@ class PruningPlan:
         rows = [("layer", "stays", "of", "kind", "parameters", "MACs", "importance lost")]
         for g in self.anatomy:
             units = len(self.keep[g.name])
-            kv = len(g.kv_of(self.keep[g.name])) if g.kind == "head" else 0
-            all_kv = g.kv_groups if g.kind == "head" else 0
-            params = group_params(g, units, kv) / max(1, group_params(g, g.units, all_kv))
+            kv = len(g.kv_of(self.keep[g.name]))
+            params = group_params(g, units, kv) / max(1, group_params(g, g.units, g.kv_groups))
             params *= not self.drops(g)  # an emptied group leaves the outlet's bias, a layer none
             macs = group_macs(g, units, kv, self.tokens) / max(
-                1, group_macs(g, g.units, all_kv, self.tokens)
+                1, group_macs(g, g.units, g.kv_groups, self.tokens)
             )
             lost = f"{self.lost[g.name]:.1%}" if g.name in self.lost else ""
             rows.append(
@@ -129,15 +134,7 @@ class PruningPlan:
                     lost,
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        left = {0, 3}
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i in left else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
+        lines = aligned(rows, left={0, 3})
         lines += [
             f"Of {stack}, whole layers go: {', '.join(map(str, layers))}."
             for stack, layers in self.dropped.items()

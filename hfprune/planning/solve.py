@@ -372,9 +372,9 @@ def _options(
         kept[per_kv == h] = np.concatenate([[0.0], np.cumsum(best)])[kv[per_kv == h]]
     cost = [
         (
-            group_params(group, int(g * h), int(g) if group.kind == "head" else 0)
+            group_params(group, int(g * h), int(g))
             if resource == "params"
-            else group_macs(group, int(g * h), int(g) if group.kind == "head" else 0, tokens)
+            else group_macs(group, int(g * h), int(g), tokens)
         )
         for g, h in zip(kv, per_kv, strict=True)
     ]
@@ -480,9 +480,8 @@ def _search(
     rest = np.concatenate([np.cumsum([r.min() for r in reduced][::-1])[::-1], [0.0]])
     ceiling = best - slack + price * limit
     cost, loss = np.zeros(1, dtype=np.int64), np.zeros(1)
-    steps: list[
-        tuple[Ints, Ints]
-    ] = []  # per group: which earlier state and which option led to a state
+    # Per group: which earlier state and which option led to a state.
+    steps: list[tuple[Ints, Ints]] = []
     for g, (option_cost, option_loss) in enumerate(zip(costs, losses, strict=True)):
         floor_before = float(np.min(loss + price * cost))
         options = np.flatnonzero(floor_before + reduced[g] + rest[g + 1] <= ceiling)

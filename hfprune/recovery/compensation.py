@@ -16,7 +16,7 @@ import functools
 import logging
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hfprune.errors import DataError, HfpruneError
-from hfprune.importance.gates import outlet_of
+from hfprune.importance.gates import evaluating, outlet_of
 from hfprune.importance.losses import Batch, is_decoder, padding_mask
 from hfprune.structure.anatomy import Anatomy, Block, Group, axis_of, layer_of
 from hfprune.structure.architectures import row_of
@@ -90,7 +90,7 @@ def compensate(
         if b.units < experts[b.stack, layers[b.stack][b.layer][0]]
     }
     bar = tqdm(total=len(anatomy.groups), desc="compensating", delay=2, leave=False)
-    with torch.no_grad(), _eval(dense), _eval(pruned):
+    with torch.no_grad(), evaluating(dense), evaluating(pruned):
         for index, stack in enumerate(row_of(pruned.config.model_type).stacks):
             groups = [g for g in anatomy if g.stack == index]
             changed = [
@@ -143,19 +143,8 @@ def _layers(dense: Block, pruned: Block, kept: Selection) -> list[tuple[int, int
     return list(zip(stayed, dense.stands_for(stayed), strict=True))
 
 
-@contextmanager
-def _eval(model: PreTrainedModel) -> Iterator[None]:
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in was_training.items():
-            module.training = training
-
-
 class _Reached(Exception):
-    """The last layer has run; what comes after it need not."""
+    """All that is wanted of a forward pass is known; what comes after need not run."""
 
 
 def _calls(
@@ -241,12 +230,16 @@ def _sum_point(dense: PreTrainedModel, group: Group, call: _Call, index: int) ->
 
 @contextmanager
 def _watch(
-    model: PreTrainedModel, group: Group, point: str | None, mask: torch.Tensor | None
+    model: PreTrainedModel,
+    group: Group,
+    point: str | None,
+    mask: torch.Tensor | None,
+    stop: bool = False,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Collect, of the coming run, the outlet's "input", its "output" and the residual "sum".
 
     Each is (positions, features) without padding. Where there is no sum point, the sum is the
-    output.
+    output. With `stop` the run ends by `_Reached` once all three are known.
     """
     found: dict[str, torch.Tensor] = {}
     layer, outlet = layer_of(model, group), outlet_of(model, group)
@@ -258,9 +251,13 @@ def _watch(
     def at_outlet(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         found["input"], found["output"] = flat(args[0]), flat(output)
         found.setdefault("sum", found["output"])
+        if stop and point is None:
+            raise _Reached
 
     def at_sum(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         found["sum"] = flat(args[0])
+        if stop:
+            raise _Reached
 
     def at_end(
         module: nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]
@@ -355,7 +352,7 @@ def _refit(
 
     def moments(batch: int) -> _Moments:
         call = calls[batch]
-        with _watch(pruned, group, point, call.mask) as found:
+        with _watch(pruned, group, point, call.mask, stop=True) as found, suppress(_Reached):
             _run(layer_of(pruned, group), call, index)
         # What the outlet should give, so that the sum with the pruned model's own stream is the
         # dense sum.

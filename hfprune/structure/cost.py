@@ -7,7 +7,7 @@ of them would promise what no plan can keep. They are shown beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hfprune.structure.anatomy import Anatomy, Group
@@ -50,7 +50,7 @@ def layers_params(anatomy: Anatomy, selection: Selection | None = None) -> int:
         for unit in keep.get(block.name, range(block.units))
     )
     return whole + sum(
-        group_params(g, len(units), _kv_count(g, units)) for g, units in _kept(anatomy, keep)
+        group_params(g, len(units), len(g.kv_of(units))) for g, units in _kept(anatomy, keep)
     )
 
 
@@ -60,7 +60,7 @@ def layers_macs(anatomy: Anatomy, tokens: int, selection: Selection | None = Non
     Routed experts are not counted: a token is sent to as many, however many there are.
     """
     return sum(
-        group_macs(g, len(units), _kv_count(g, units), tokens)
+        group_macs(g, len(units), len(g.kv_of(units)), tokens)
         for g, units in _kept(anatomy, selection or {})
     )
 
@@ -75,10 +75,6 @@ def _kept(anatomy: Anatomy, keep: Selection) -> Iterator[tuple[Group, Sequence[i
 def _kept_layers(anatomy: Anatomy, stack: int, keep: Selection) -> Sequence[int]:
     block = next(b for b in anatomy.blocks if b.kind == "layer" and b.stack == stack)
     return keep.get(block.name, range(block.units))
-
-
-def _kv_count(group: Group, units: Sequence[int]) -> int:
-    return len(group.kv_of(units)) if group.kind == "head" else 0
 
 
 def counted_macs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> int:
@@ -104,14 +100,13 @@ def anatomy_table(anatomy: Anatomy, tokens: int = 128) -> str:
     rows = [("layer", "kind", "units", "parameters", f"MACs at {tokens} tokens")]
     for g in anatomy:
         kinds = f"{g.kind}s" if g.heads_per_kv == 1 else f"{g.kind}s in {g.kv_groups} KV groups"
-        kv = g.kv_groups if g.kind == "head" else 0
         rows.append(
             (
                 g.name,
                 kinds,
                 f"{g.units:,}",
-                f"{group_params(g, g.units, kv):,}",
-                f"{group_macs(g, g.units, kv, tokens):,}",
+                f"{group_params(g, g.units, g.kv_groups):,}",
+                f"{group_macs(g, g.units, g.kv_groups, tokens):,}",
             )
         )
     for block in anatomy.experts:
@@ -121,12 +116,16 @@ def anatomy_table(anatomy: Anatomy, tokens: int = 128) -> str:
         ("layers", "", "", f"{layers_params(anatomy):,}", f"{layers_macs(anatomy, tokens):,}")
     )
     rows.append(("outside the layers", "", "", f"{anatomy.outside_params:,}", ""))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines = [
+    return "\n".join(aligned(rows, left={0, 1}))
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
+    """The rows of a text table as lines, the columns numbered in `left` to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
         "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
+            cell.ljust(width) if i in left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
-    return "\n".join(lines)
