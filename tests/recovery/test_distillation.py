@@ -708,6 +708,8 @@ def two_process_main(folder):
     trainer.train()
     if trainer.is_world_process_zero():
         torch.save((weights(student), trainer.state.log_history), f"{folder}/result.pt")
+    # Threads of gloo that still run when the interpreter ends abort the process.
+    trainer.accelerator.end_training()
 
 
 @pytest.mark.slow
