@@ -82,12 +82,13 @@ class Score:
     Attributes:
         examples: calibration examples (blocks, for text generation) from the training split.
         batch_size: examples per batch.
-        loss: "labels", the model's own loss; or "logits", how far its logits move.
+        loss: "labels", the model's own loss; "sampled", that on labels drawn from the model's own
+            predictions; or "logits", how far its logits move.
     """
 
     examples: int = 1024
     batch_size: int = 32
-    loss: Literal["labels", "logits"] = "labels"
+    loss: Literal["labels", "logits", "sampled"] = "labels"
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,19 @@
 """The loss whose gradient is importance, as a sum over what it averages.
 
 A sum, not a mean: the gradient of an example's own term must not depend on which batch the example
-happens to be in.
+happens to be in. What is drawn for an example depends on the example and the seed alone, so that
+neither its batch nor the process that the batch lands on changes its scores.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto import modeling_auto as auto
 
 from hfprune.errors import DataError
 from hfprune.structure.anatomy import Block, Group
@@ -19,10 +22,25 @@ Batch = Mapping[str, torch.Tensor]
 Loss = Callable[[PreTrainedModel, Batch], torch.Tensor]
 
 IGNORED = -100  # label of a position without a loss, in all of transformers
+_ANSWERS = ("labels", "start_positions", "end_positions")
+_CAUSAL = frozenset(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+_TOKEN_LEVEL = _CAUSAL.union(
+    *(
+        names.values()
+        for names in (
+            auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+            auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+            auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+            auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        )
+    )
+)
 
 
-def labels_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+def labels_loss(model: PreTrainedModel, batch: Batch, seed: int = 0) -> torch.Tensor:
     """The model's own loss on the batch's labels, summed over examples or labelled tokens.
+
+    Nothing is drawn: the seed is there because every named loss takes one.
 
     Raises:
         DataError: the batch has no labels, or the model returns no loss.
@@ -30,7 +48,7 @@ def labels_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     if "labels" not in batch and "start_positions" not in batch:
         raise DataError(
             f"The batch has no 'labels' (it has {', '.join(batch)}); gradient importance needs a"
-            " loss. Give labels, or pass loss=... to score."
+            " loss. Give labels, or score with loss='sampled', which needs none."
         )
     outputs = model(**batch)
     if getattr(outputs, "loss", None) is None:
@@ -40,7 +58,44 @@ def labels_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     return outputs.loss * terms(model, batch)
 
 
-def logits_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+def sampled_loss(model: PreTrainedModel, batch: Batch, seed: int = 0) -> torch.Tensor:
+    """Minus the log likelihood of labels drawn from the model's own predictions.
+
+    Its mean squared gate gradient is the true Fisher information (Kunstner et al. 2019,
+    "Limitations of the Empirical Fisher Approximation for Natural Gradient Descent",
+    arXiv:1905.12558), where that of given labels vanishes with the model's mistakes. Classes are
+    drawn from the softmax, for every example or real token; each of several labels from its own
+    sigmoid; values from a normal distribution of variance 1 around the predicted ones. Where the
+    batch has labels, they only say which tokens count: those that are not -100.
+
+    Returns:
+        The sum over examples, or over tokens where predictions are per token; float32 or wider.
+
+    Raises:
+        DataError: the model has no task head whose predictions are known.
+    """
+    outputs = _predictions(model, batch)
+    generators = [_generator(batch, example, seed) for example in range(_size(batch))]
+    if "start_logits" in outputs:
+        start, end = _wide(outputs["start_logits"]), _wide(outputs["end_logits"])
+        return _drawn_cross_entropy(start, generators) + _drawn_cross_entropy(end, generators)
+    logits = _wide(outputs["logits"])
+    if logits.dim() == 2 and (kind := _problem(model, batch)) != "single_label_classification":
+        if kind == "regression":
+            noise = torch.stack([torch.randn(logits.shape[1], generator=g) for g in generators])
+            return F.mse_loss(logits, logits.detach() + noise.to(logits), reduction="sum") / 2
+        chance = torch.stack([torch.rand(logits.shape[1], generator=g) for g in generators])
+        drawn = (chance.to(logits) < logits.detach().sigmoid()).to(logits)
+        return F.binary_cross_entropy_with_logits(logits, drawn, reduction="sum")
+    if logits.dim() == 2:
+        return _drawn_cross_entropy(logits, generators)
+    counted = _counted(model, batch, logits)
+    if shifts_labels(model):
+        logits, counted = logits[:, :-1], counted[:, 1:]
+    return _drawn_cross_entropy(logits, generators, counted)
+
+
+def logits_loss(model: PreTrainedModel, batch: Batch, seed: int = 0) -> torch.Tensor:
     """How far the logits move, whatever the labels: a random projection of each example's logits.
 
     Its squared gate gradient is, on average over the projections, the squared change of the
@@ -50,36 +105,135 @@ def logits_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
     Returns:
         The projections, summed over examples, and over real tokens where the logits are per token.
+
+    Raises:
+        DataError: the model returns no logits.
     """
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    logits = model(**(batch if model.config.is_encoder_decoder else inputs)).logits
-    # Drawn from the inputs, so that a batch has the same projections on whichever process it lands.
-    seed = int(sum(tensor.double().sum() for tensor in batch.values())) % 2**31
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(logits.shape, generator=generator).to(logits)
-    classes = logits.shape[-1]
+    outputs = _predictions(model, batch)
+    if "start_logits" in outputs:
+        logits = torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=1)
+    else:
+        logits = outputs["logits"]
+    logits, classes = _wide(logits), logits.shape[-1]
+    mask = padding_mask(batch, logits, model.config.is_encoder_decoder)
+    directions = torch.zeros_like(logits)
+    for example in range(_size(batch)):
+        generator = _generator(batch, example, seed)
+        real = ... if mask is None else mask[example].bool()
+        shape = directions[example][real].shape
+        directions[example][real] = torch.randn(shape, generator=generator).to(logits)
     if classes > 1:
         directions = directions - directions.mean(dim=-1, keepdim=True)
-    size = max(1, classes - 1) ** 0.5
-    projected = (logits * directions).sum(dim=-1) / directions.norm(dim=-1) * size
+    norms = directions.norm(dim=-1).clamp(min=torch.finfo(logits.dtype).tiny)
+    return ((logits * directions).sum(dim=-1) / norms).sum() * max(1, classes - 1) ** 0.5
+
+
+def _predictions(model: PreTrainedModel, batch: Batch) -> Mapping[str, torch.Tensor]:
+    """What the model says about a batch, whose labels serve only as the decoder's inputs."""
+    decodes_labels = model.config.is_encoder_decoder and "decoder_input_ids" not in batch
+    answers = _ANSWERS[1:] if decodes_labels else _ANSWERS
+    outputs = model(**{name: tensor for name, tensor in batch.items() if name not in answers})
+    if "logits" not in outputs and "start_logits" not in outputs:
+        raise DataError(
+            f"{type(model).__name__} returns no logits; load the model with its task head, or give"
+            " score a loss of your own: loss=f with f(model, batch) -> a summed loss."
+        )
+    return dict(outputs)
+
+
+def _generator(batch: Batch, example: int, seed: int) -> torch.Generator:
+    """Randomness of one example: from what is in it, without its padding, and the seed."""
+    content = zlib.crc32(str(seed).encode())
+    for name in sorted(batch.keys() - set(_ANSWERS)):
+        row = batch[name][example]
+        mask = batch.get("decoder_attention_mask" if "decoder" in name else "attention_mask")
+        if mask is not None and mask[example].shape == row.shape:
+            row = row[mask[example].bool()]
+        if row.numel():
+            content = zlib.crc32(
+                row.cpu().flatten().contiguous().view(torch.uint8).numpy(), content
+            )
+    return torch.Generator().manual_seed(content)
+
+
+def _drawn_cross_entropy(
+    logits: torch.Tensor, generators: list[torch.Generator], counted: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Summed cross-entropy of classes that are drawn from the logits.
+
+    Args:
+        logits: (examples, classes) or (examples, tokens, classes).
+        generators: one per example.
+        counted: (examples, tokens) boolean; the other tokens have no loss.
+    """
+    if counted is None:
+        counted = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+    drawn = torch.full(counted.shape, IGNORED, device=logits.device)
+    for example, generator in enumerate(generators):
+        # One example at a time: the probabilities of a whole batch are as large as its logits.
+        real = counted[example]
+        chances = logits[example].detach()[real].softmax(dim=-1).cumsum(dim=-1)
+        dice = torch.rand(chances.shape[:-1], generator=generator).to(chances)[..., None]
+        # Of the total, which rounding leaves beside 1.
+        drawn[example] = drawn[example].masked_scatter(
+            real, torch.searchsorted(chances, dice * chances[..., -1:], right=True)
+        )
+    return F.cross_entropy(
+        logits.flatten(0, -2), drawn.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def _counted(model: PreTrainedModel, batch: Batch, logits: torch.Tensor) -> torch.Tensor:
+    """Which of the (examples, tokens) predictions count: labelled ones, or those of real tokens."""
+    labels = batch.get("labels")
+    if labels is not None and labels.shape == logits.shape[:2]:
+        return labels != IGNORED
     mask = padding_mask(batch, logits, model.config.is_encoder_decoder)
-    return (projected if mask is None else projected * mask.to(projected)).sum()
+    return torch.ones_like(logits[..., 0]).bool() if mask is None else mask.bool()
+
+
+def _problem(model: PreTrainedModel, batch: Batch) -> str:
+    """What one row of logits stands for, found as transformers finds it."""
+    labels, told = batch.get("labels"), getattr(model.config, "problem_type", None)
+    if told:
+        return str(told)
+    if model.config.num_labels == 1:
+        return "regression"
+    many = labels is not None and labels.is_floating_point()
+    return "multi_label_classification" if many else "single_label_classification"
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    """In float32 or wider, as losses are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _size(batch: Batch) -> int:
+    """Number of examples in a batch."""
+    return len(next(iter(batch.values())))
 
 
 def terms(model: PreTrainedModel, batch: Batch) -> int:
     """How many terms the model's loss is the mean of: examples, or labelled tokens."""
     labels = batch.get("labels")
-    if labels is None or not is_token_level(batch):
-        return next(iter(batch.values())).shape[0]
+    if labels is None or not has_token_labels(batch):
+        return _size(batch)
     if shifts_labels(model):
         labels = labels[:, 1:]  # the first token is predicted by nothing
     return int((labels != IGNORED).sum())
 
 
-def is_token_level(batch: Batch) -> bool:
+def has_token_labels(batch: Batch) -> bool:
     """Whether the labels name a class for every token (language models, token classification)."""
     labels = batch.get("labels")
     return labels is not None and labels.dim() == 2 and not labels.is_floating_point()
+
+
+def is_token_level(model: PreTrainedModel, batch: Batch) -> bool:
+    """Whether the loss is a sum over tokens: by the labels, or by the model if there are none."""
+    if "labels" in batch:
+        return has_token_labels(batch)
+    return any(kind.__name__ in _TOKEN_LEVEL for kind in type(model).__mro__)
 
 
 def is_decoder(model: PreTrainedModel, group: Group | Block) -> bool:
@@ -95,8 +249,13 @@ def padding_mask(batch: Batch, states: torch.Tensor, decoder: bool) -> torch.Ten
 
 def shifts_labels(model: PreTrainedModel) -> bool:
     """Whether the loss compares each position with the next label, as decoders' losses do."""
-    # By the class's name: `loss_type` is None for GPT2LMHeadModel and its like.
-    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    # By the class's name, or its parents' (FSDP makes a subclass): `loss_type` is None for
+    # GPT2LMHeadModel and its like.
+    return any(kind.__name__ in _CAUSAL for kind in type(model).__mro__)
 
 
-LOSSES: dict[str, Loss] = {"labels": labels_loss, "logits": logits_loss}
+LOSSES: dict[str, Callable[[PreTrainedModel, Batch, int], torch.Tensor]] = {
+    "labels": labels_loss,
+    "logits": logits_loss,
+    "sampled": sampled_loss,
+}

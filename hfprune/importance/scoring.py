@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,9 +110,10 @@ def score(
         model: a transformers model of a known family; left as it was.
         batches: what the model is called with, {name: tensor}; with labels for the loss on them.
         criteria: names from the registry; all of them by default.
-        loss: "labels", the model's own loss; "logits", how far its logits move, for which no labels
-            are needed; or (model, batch) -> a loss summed over examples or labelled tokens.
-        seed: of the criterion `random`.
+        loss: "labels", the model's own loss; "sampled", its loss on labels drawn from its own
+            predictions, and "logits", how far its logits move, for which no labels are needed; or
+            (model, batch) -> a loss summed over examples or labelled tokens.
+        seed: of the criterion `random` and of the losses that draw.
 
     Raises:
         HfpruneError: an unknown criterion or loss.
@@ -123,7 +124,7 @@ def score(
     if isinstance(loss, str):
         if loss not in LOSSES:
             raise HfpruneError(unknown("loss", loss, LOSSES))
-        loss = LOSSES[loss]
+        loss = _seeded(LOSSES[loss], seed)
     anatomy = Anatomy.of(model)
     gathering = _Gathering(model, anatomy)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -164,6 +165,10 @@ def score(
         gathering.tokens / gathering.examples,
         agreement,
     )
+
+
+def _seeded(loss: Callable[[PreTrainedModel, Batch, int], torch.Tensor], seed: int) -> Loss:
+    return lambda model, batch: loss(model, batch, seed)
 
 
 def rank_correlation(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -213,7 +218,9 @@ class _Gathering:
         product = (values * gradient.to(wide)).reshape(shape).sum(dim=-1)  # (batch, tokens, units)
         per_example = product.sum(dim=1)
         squares = (
-            product.square().sum(dim=1) if is_token_level(self._batch) else per_example.square()
+            product.square().sum(dim=1)
+            if is_token_level(self._model, self._batch)
+            else per_example.square()
         )
         if not torch.isfinite(squares).all():
             raise DataError(f"The gate gradients of {group.name} are not finite.")
