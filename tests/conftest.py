@@ -1,10 +1,50 @@
-"""What all tests share: one thread per process, and no word from transformers below an error."""
+"""What all tests share: one thread per process, no word from transformers below an error, and a Hub
+on loopback.
+"""
 
 import os
+import time
+import types
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+TOKEN = "hf_" + "DistinctiveSecret" * 2
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub on loopback that the real client of this process talks to, as HF_ENDPOINT would have
+    it; the client does not wait between its attempts, and its cache and token are the test's own.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+    from transformers.utils import hub as transformers_hub
+
+    from hfprune.publishing.rehearsal import Hub
+    from hfprune.publishing.rehearsal_api import User
+
+    resolve = "/{repo_id}/resolve/{revision}/{filename}"
+    users = {TOKEN: User("me", organisations={"org": "write", "readers": "read"})}
+    with Hub(tmp_path / "hub", users) as made:
+        for name, value in {
+            "ENDPOINT": made.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": made.endpoint + resolve,
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_TELEMETRY": True,
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_TOKEN_PATH": str(tmp_path / "token"),
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(transformers_hub, "_hf_api", None)
+        waitless = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})
+        monkeypatch.setattr(_http, "time", waitless)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield made
