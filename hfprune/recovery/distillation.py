@@ -5,18 +5,27 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from hfprune.errors import CheckpointError, DataError, RecipeError
 from hfprune.importance.losses import shifts_labels
+from hfprune.recovery.checkpoints import (
+    ABSENT,
+    StartCompetes,
+    keeping_the_best,
+    last_complete_checkpoint,
+    refuse_spoilt,
+    step_of,
+    training_format,
+    use_cache,
+)
+from hfprune.recovery.compatibility import refuse_arguments, refuse_other_classes, submodule
 from hfprune.recovery.losses import (
     Counted,
     Divergence,
@@ -25,9 +34,6 @@ from hfprune.recovery.losses import (
     spread_layers,
     state_loss,
 )
-
-_ABSENT = object()
-_STATE_FILE = "trainer_state.json"  # the last file the Trainer writes into a checkpoint
 
 
 @dataclasses.dataclass
@@ -89,7 +95,8 @@ class DistillationTrainer(Trainer):
 
     The teacher runs in eval mode under no_grad, in its own dtype, on the student's device; it is
     never wrapped, optimised or saved. In evaluation there is no teacher: `eval_loss` is the model's
-    own loss on held-out labels.
+    own loss on held-out labels. With `args.load_best_model_at_end` the student as it came competes,
+    as checkpoint-0.
 
     Exactness: every part is a mean over what it counts (labels that are not -100, examples, or
     positions that are not padding) in the whole accumulated batch of all processes. So N
@@ -131,19 +138,21 @@ class DistillationTrainer(Trainer):
         **trainer_arguments: Any,
     ) -> None:
         student = getattr(model, "get_base_model", lambda: model)()  # under PEFT's wrapper
-        _refuse_arguments(args, trainer_arguments)
+        refuse_arguments(args, trainer_arguments)
         if args.logits_weight:
-            _refuse_other_classes(student, teacher)
+            refuse_other_classes(student, teacher)
         if args.attention_weight and not attention_outlets:
             raise RecipeError(
                 "attention_weight is set but attention_outlets is not: name the attention output "
                 "projections, {path in the student: path in the teacher}, or set "
                 "attention_weight to 0."
             )
-        self._config = student.config
-        self._own_use_cache = vars(student.config).get("use_cache", _ABSENT)
-        with _use_cache(self._config, self._own_use_cache):  # Trainer.__init__ overwrites it
+        self._student = student
+        self._own_use_cache = vars(student.config).get("use_cache", ABSENT)
+        with use_cache(student, self._own_use_cache):  # Trainer.__init__ overwrites it
             super().__init__(model=model, args=args, **trainer_arguments)
+        if args.load_best_model_at_end:
+            self.add_callback(StartCompetes(self))
         self.teacher = teacher.eval()
         if getattr(teacher, "hf_device_map", None) is None:
             self._move_model_to_device(teacher, args.device)
@@ -151,22 +160,30 @@ class DistillationTrainer(Trainer):
         self._weights = {part: weight for part, weight in args.weights().items() if weight}
         self._layer_map = layer_map
         outlets = attention_outlets if args.attention_weight and attention_outlets else {}
-        self._student_outlets = [_module(student, path, "student") for path in outlets]
-        self._teacher_outlets = [_module(teacher, path, "teacher") for path in outlets.values()]
+        self._student_outlets = [submodule(student, path, "student") for path in outlets]
+        self._teacher_outlets = [submodule(teacher, path, "teacher") for path in outlets.values()]
         self._encoder = (
             set(student.get_encoder().modules()) if student.config.is_encoder_decoder else set()
         )
         self._shifted = shifts_labels(student)
+        self._batches_begun, self._batches_of_step = 0, 1
         self._reset_parts()
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as `Trainer.train` does; `use_cache` is as before afterwards."""
+        """Train as `Trainer.train` does; `use_cache` is as before afterwards.
+
+        Where the best checkpoint is kept, the metrics say of which step it is, as `kept_step`: 0
+        for the student as it came.
+        """
         self._reset_parts()
         with (
-            _use_cache(self._config, self.args.use_cache),
-            _use_cache(self.teacher.config, self.args.use_cache),
+            use_cache(self._student, self.args.use_cache),
+            use_cache(self.teacher, self.args.use_cache),
         ):
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+        if self.state.best_model_checkpoint is not None:
+            output.metrics["kept_step"] = step_of(self.state.best_model_checkpoint)
+        return output
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -180,6 +197,7 @@ class DistillationTrainer(Trainer):
         if 0 < self.state.max_steps <= self.state.global_step:
             return [], None  # resumed after the last step: the Trainer would take one more
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._batches_begun, self._batches_of_step = 0, len(batches)
         sizes = torch.zeros(len(Counted._fields), dtype=torch.int64, device=device)
         for batch in batches:
             sizes += Counted.of(batch, shifted=self._shifted).sizes().to(device)
@@ -206,6 +224,7 @@ class DistillationTrainer(Trainer):
         """
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs)
+        self._batches_begun += 1
         counted = Counted.of(inputs, shifted=self._shifted)
         totals = counted.sizes() if num_items_in_batch is None else num_items_in_batch
         # Gradients are averaged over processes, hence the factor.
@@ -221,7 +240,7 @@ class DistillationTrainer(Trainer):
         if self.args.task_weight:
             parts["task"] = _task_loss(student, counted) * scale.targets
         if self.args.logits_weight:
-            problem = getattr(self._config, "problem_type", None)
+            problem = getattr(self._student.config, "problem_type", None)
             loss = logits_loss(student, teacher, counted, self._divergence, problem)
             parts["logits"] = loss * scale.predictions
         if self.args.hidden_weight:
@@ -234,7 +253,7 @@ class DistillationTrainer(Trainer):
             ]
             pairs = list(zip(student_outlets, sides, teacher_outlets, strict=True))
             parts["attention"] = _mean_state_loss("attention", pairs, counted, scale)
-        self._record(parts)
+        self._record(parts, inputs)
         loss = torch.stack([self._weights[part] * value for part, value in parts.items()]).sum()
         return (loss, student) if return_outputs else loss
 
@@ -252,13 +271,15 @@ class DistillationTrainer(Trainer):
         self._part_sums = torch.zeros(len(self._weights), device=self.args.device)
         self._steps_summed = 0
 
-    def _record(self, parts: Mapping[str, Tensor]) -> None:
+    def _record(self, parts: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
         """Add one batch's parts to the running sums, or stop if one is not finite."""
         values = torch.stack([value.detach() for value in parts.values()])
         if not values.isfinite().all():
             given = ", ".join(f"{part} {value:g}" for part, value in parts.items())
             raise DataError(
-                f"The loss is not finite at global step {self.state.global_step + 1}: {given}. "
+                f"The loss is not finite at global step {self.state.global_step + 1}, batch "
+                f"{self._batches_begun} of {self._batches_of_step} on process "
+                f"{self.accelerator.process_index} ({_described(batch)}): {given}. "
                 f"Nothing was updated; earlier checkpoints in {self.args.output_dir} are intact. "
                 "Lower learning_rate, check the batch, or set the weight of the part at fault to "
                 "0."
@@ -310,7 +331,8 @@ class DistillationTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint to resume from, whose config has the model's own `use_cache`."""
         saved = self.accelerator.unwrap_model(self.model)
-        with _use_cache(self._config, self._own_use_cache), _training_format(saved):
+        refuse_spoilt(saved, self.state.global_step, self.args.output_dir)
+        with use_cache(self._student, self._own_use_cache), training_format(saved):
             super()._save_checkpoint(model, trial)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -346,7 +368,8 @@ def distill(
     With `eval_dataset` and `compute_metrics` the student ends with the weights of the best
     checkpoint on the held-out data, judged by `args.metric_for_best_model` (a key that
     `compute_metrics` returns; by default the model's own loss, never the distillation loss),
-    evaluated whenever a checkpoint is saved.
+    evaluated before the first step and whenever a checkpoint is saved. The student as it came
+    competes: if no checkpoint beats it, its weights come back.
 
     Args:
         student: the pruned model; it ends on `args.device`.
@@ -374,14 +397,14 @@ def distill(
     """
     if hasattr(train_dataset, "__len__") and len(train_dataset) == 0:
         raise DataError("train_dataset is empty; give at least one example.")
-    checkpoint = _last_complete_checkpoint(args.output_dir)
+    checkpoint = last_complete_checkpoint(args.output_dir)
     if checkpoint is not None and not resume:
         raise RecipeError(
             f"{args.output_dir} holds {checkpoint.name} of an earlier run; pass resume=True to "
             "continue it, or choose another output_dir."
         )
     if eval_dataset is not None and compute_metrics is not None and not args.load_best_model_at_end:
-        args = _keeping_the_best(args)
+        args = keeping_the_best(args)
     trainer = DistillationTrainer(
         student,
         teacher,
@@ -397,79 +420,14 @@ def distill(
     return trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
-def _keeping_the_best(args: DistillationArguments) -> DistillationArguments:
-    """The same arguments, evaluating at every save and loading the best checkpoint at the end."""
-    if args.save_strategy == SaveStrategy.NO:
-        raise RecipeError(
-            "eval_dataset and compute_metrics ask for the best checkpoint, but save_strategy is "
-            "'no'; set it to 'epoch' or 'steps', or leave compute_metrics out."
-        )
-    schedule: dict[str, Any] = {}
-    if args.save_strategy != SaveStrategy.BEST:
-        schedule = {"eval_strategy": args.save_strategy, "eval_steps": args.save_steps}
-    return dataclasses.replace(args, load_best_model_at_end=True, **schedule)
-
-
-def _last_complete_checkpoint(output_dir: str | None) -> Path | None:
-    """The newest checkpoint written to its end: a run may have been killed while saving."""
-    states = Path(output_dir or ".").glob(f"{PREFIX_CHECKPOINT_DIR}-*/{_STATE_FILE}")
-    checkpoints = [state.parent for state in states]
-    return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _refuse_arguments(args: DistillationArguments, trainer_arguments: Mapping[str, Any]) -> None:
-    """Refuse what would be ignored or break the loss."""
-    refused = {
-        "label_smoothing_factor": "the teacher's distribution is already soft",
-        "use_liger_kernel": "its fused loss returns no logits",
-    }
-    for name, reason in refused.items():
-        if getattr(args, name):
-            raise RecipeError(f"{name} cannot be used in distillation: {reason}. Leave it unset.")
-    if trainer_arguments.get("compute_loss_func") is not None:
-        raise RecipeError("compute_loss_func would be ignored; set the weights of args instead.")
-    if args.n_gpu > 1:
-        raise RecipeError(
-            f"One process sees {args.n_gpu} GPUs; start with `accelerate launch` (one process per "
-            "GPU), or set CUDA_VISIBLE_DEVICES to one of them."
-        )
-
-
-def _refuse_other_classes(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Refuse models whose predictions are over different classes."""
-    ours, theirs = _classes(student), _classes(teacher)
-    if ours != theirs:
-        raise RecipeError(
-            f"The student predicts {ours[1]} {ours[0]}, the teacher {theirs[1]} {theirs[0]}: the "
-            "divergence needs the same on both sides. Take the teacher the student was pruned "
-            "from, or set logits_weight to 0."
-        )
-    names, other_names = student.config.id2label or {}, teacher.config.id2label or {}
-    same_set = set(names.values()) == set(other_names.values())
-    if ours[0] == "labels" and same_set and names != other_names:
-        raise RecipeError(
-            f"Student and teacher number the labels differently: {names} and {other_names}. Make "
-            "the student with the teacher's id2label."
-        )
-
-
-def _classes(model: PreTrainedModel) -> tuple[str, int | None]:
-    """What the model predicts one of, and how many there are."""
-    head = model.get_output_embeddings()
-    if head is not None:
-        return "vocabulary entries", head.weight.shape[0]
-    return "labels", model.config.num_labels
-
-
-def _module(model: nn.Module, path: str, role: str) -> nn.Module:
-    """The submodule at a path, or an error that names it."""
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        raise RecipeError(
-            f"attention_outlets names {path!r}, which the {role} {type(model).__name__} does not "
-            "have; give paths as in named_modules()."
-        ) from None
+def _described(batch: Mapping[str, Any]) -> str:
+    """A batch in a message: what it holds, and in which shapes or how many."""
+    parts = []
+    for name, value in batch.items():
+        if torch.is_tensor(value):
+            odd = value.numel() - int(value.isfinite().sum())
+            parts.append(f"{name} {tuple(value.shape)}" + (f" with {odd} not finite" * bool(odd)))
+    return ", ".join(parts)
 
 
 def _task_loss(outputs: Mapping[str, Any], counted: Counted) -> Tensor:
@@ -512,41 +470,3 @@ def _outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextlib.contextmanager
-def _use_cache(config: PreTrainedConfig, value: Any) -> Iterator[None]:
-    """Within, `config.use_cache` is the value, or gone if that is _ABSENT; then it is as before."""
-
-    def put(value: Any) -> None:
-        if value is not _ABSENT:
-            config.use_cache = value
-        elif "use_cache" in vars(config):
-            del config.use_cache
-
-    earlier = vars(config).get("use_cache", _ABSENT)
-    put(value)
-    try:
-        yield
-    finally:
-        put(earlier)
-
-
-@contextlib.contextmanager
-def _training_format(model: nn.Module) -> Iterator[None]:
-    """Within, `model.save_pretrained` writes what the Trainer loads back, and does not verify.
-
-    The Trainer loads checkpoints by the names in memory, which differ from the published ones for
-    some families (ViT, Mixtral); `from_pretrained` reads both.
-    """
-    if not isinstance(model, PreTrainedModel):  # adapters of PEFT
-        yield
-        return
-    keywords: dict[str, Any] = {"save_original_format": False}
-    if "verify" in inspect.signature(model.save_pretrained).parameters:
-        keywords["verify"] = False
-    model.save_pretrained = functools.partial(model.save_pretrained, **keywords)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del model.save_pretrained

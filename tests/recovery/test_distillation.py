@@ -495,7 +495,11 @@ def stop(model):
 def test_a_loss_that_is_not_finite_stops_training(tmp_path):
     student, teacher = pair(bert)
     args = arguments(tmp_path, max_steps=8, save_strategy="steps", save_steps=2)
-    with pytest.raises(DataError, match=r"global step 4: task nan, logits nan, hidden 0\.\d+"):
+    named = (
+        r"global step 4, batch 1 of 1 on process 0 \(input_ids \(4, 7\), attention_mask \(4, 7\), "
+        r"labels \(4,\)\): task nan, logits nan, hidden 0\.\d+"
+    )
+    with pytest.raises(DataError, match=named):
         distill(
             student,
             teacher,
@@ -506,6 +510,26 @@ def test_a_loss_that_is_not_finite_stops_training(tmp_path):
         )
     saved = BertForSequenceClassification.from_pretrained(tmp_path / "checkpoint-2")
     assert all(value.isfinite().all() for value in saved.state_dict().values())
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_batch_that_is_not_finite_is_named(tmp_path):
+    student, teacher = pair(vit)
+    rows = examples(vit, 8)
+    rows[6]["pixel_values"][0, 0, :2] = float("inf")
+    changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    named = r"step 1, batch 4 of 4 on process 0 \(pixel_values \(2, 3, 8, 8\) with 2 not finite"
+    with pytest.raises(DataError, match=named):
+        trainer_of(student, teacher, tmp_path, rows, max_steps=1, **changes).train()
+
+
+def test_spoilt_weights_are_not_saved(tmp_path):
+    student, teacher = pair(bert)
+    changes = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2}
+    trainer = trainer_of(student, teacher, tmp_path, examples(bert, 32), **changes)
+    trainer.add_callback(At(4, spoil))
+    with pytest.raises(DataError, match=r"classifier\.weight is not finite after global step 4"):
+        trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
@@ -602,30 +626,71 @@ def test_verification_is_left_out_of_checkpoints_only(tmp_path):
     assert calls == [False, True]
 
 
-def test_the_best_checkpoint_by_the_held_out_metric_is_kept(tmp_path):
-    student, teacher = pair(vit)
-    accuracies = iter([0.1, 0.9, 0.3])
+def judged(student, folder, judge, metric="accuracy", **extra):
+    """What distils a student for 8 steps, saved and judged at every other step."""
     args = arguments(
-        tmp_path,
-        max_steps=3,
+        folder,
+        max_steps=8,
+        learning_rate=0.01,
         save_strategy="steps",
-        save_steps=1,
-        metric_for_best_model="accuracy",
+        save_steps=2,
+        metric_for_best_model=metric,
+        train_sampling_strategy="random",
     )
-    rows = examples(vit, 12)
-    distill(
-        student,
-        teacher,
-        rows,
-        rows[:4],
-        args=args,
-        data_collator=collate,
-        compute_metrics=lambda prediction: {"accuracy": next(accuracies)},
-    )
-    best = load_file(tmp_path / "checkpoint-2/model.safetensors")
-    assert_close(weights(student), best, rtol=0, atol=0)
-    last = load_file(tmp_path / "checkpoint-3/model.safetensors")
-    assert any(not torch.equal(last[name], best[name]) for name in best)
+    rows = examples(vit, 16)
+    _, teacher = pair(vit)
+    options = {"args": args, "data_collator": collate, "compute_metrics": judge, **extra}
+    return lambda: distill(student, teacher, rows, rows[:4], **options)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "best"),
+    [((0.1, 0.2, 0.9, 0.3, 0.9), 4), ((0.5, 0.4, 0.5, 0.1, 0.3), 0)],
+    ids=["a checkpoint", "the start"],
+)
+def test_the_best_by_the_held_out_metric_is_kept(accuracies, best, tmp_path, caplog):
+    student, _ = pair(vit)
+    start, values = weights(student), iter(accuracies)
+    run = judged(student, tmp_path, lambda prediction: {"accuracy": next(values)})
+    with caplog.at_level("INFO", "hfprune"):
+        assert run().metrics["kept_step"] == best
+    kept = load_file(tmp_path / f"checkpoint-{best}/model.safetensors")
+    assert_close(weights(student), kept, rtol=0, atol=0)
+    last = load_file(tmp_path / "checkpoint-8/model.safetensors")
+    assert any(not torch.equal(last[name], kept[name]) for name in kept)
+    if best:
+        assert "Kept the weights of step 4: accuracy 0.9 on" in caplog.text
+    else:
+        assert_close(weights(student), start, rtol=0, atol=0)
+        assert "Kept the model as it was before training (accuracy 0.5 on" in caplog.text
+
+
+@pytest.mark.parametrize("killed_at", [1, 5])
+@pytest.mark.parametrize("metric", ["near", "far"])
+def test_the_start_competes_also_in_a_run_that_goes_on(metric, killed_at, tmp_path):
+    """By "near" the start is the best of all, by "far" a later checkpoint."""
+    make = dropping(vit)
+    student, _ = pair(make)
+    start = weights(student)
+    rows = collate(examples(vit, 4))
+    first = student.eval()(**rows).logits.detach()
+
+    def judge(prediction):
+        moved = float((torch.as_tensor(prediction.predictions) - first).norm())
+        return {"near": -moved, "far": moved}
+
+    straight = judged(student, tmp_path / "straight", judge, metric)().metrics["kept_step"]
+    stopped, _ = pair(make)
+    with pytest.raises(KeyboardInterrupt):
+        judged(stopped, tmp_path / "stopped", judge, metric, callbacks=[At(killed_at, stop)])()
+    resumed, _ = pair(make)
+    spoil(resumed)  # what it has comes from the checkpoint
+    ended = judged(resumed, tmp_path / "stopped", judge, metric, resume=True)()
+    assert ended.global_step == 8 and ended.metrics["kept_step"] == straight
+    assert (straight == 0) == (metric == "near")
+    assert_close(weights(resumed), weights(student), rtol=0, atol=0)
+    same = all(torch.equal(start[name], value) for name, value in weights(resumed).items())
+    assert same == (metric == "near")
 
 
 # Bad input ------------------------------------------------------------------------------------

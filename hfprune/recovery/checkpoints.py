@@ -1,0 +1,145 @@
+"""What distillation keeps on disk while it trains: what it resumes from, and the best of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+
+from hfprune.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from hfprune.recovery.distillation import DistillationArguments
+
+logger = logging.getLogger(__name__)
+
+ABSENT = object()
+_STATE_FILE = "trainer_state.json"  # the last file the Trainer writes into a checkpoint
+
+
+class StartCompetes(TrainerCallback):
+    """The model as it came is a checkpoint like those of training: checkpoint-0, before step 1.
+
+    The Trainer chooses the best among the checkpoints that training made, which may all be worse
+    than what it began with. With this one among them, training cannot make the model worse on the
+    held-out data; of equals the earlier stays.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
+    ) -> None:
+        """Evaluate and save the model, unless the run goes on from a checkpoint."""
+        if state.global_step or state.best_metric is not None:
+            return
+        trainer = self._trainer
+        if trainer._determine_best_metric(trainer.evaluate(), trial=None):
+            start = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-0"
+            state.best_model_checkpoint = str(start)
+            trainer._save_checkpoint(trainer.model_wrapped, trial=None)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
+    ) -> None:
+        """Say which checkpoint's weights the model ends with."""
+        best = state.best_model_checkpoint
+        if best is None:
+            return
+        found = f"{args.metric_for_best_model} {state.best_metric:.4g} on the held-out data"
+        if step_of(best):
+            logger.info("Kept the weights of step %d: %s.", step_of(best), found)
+        else:
+            logger.info(
+                "Kept the model as it was before training (%s): no checkpoint beat it.", found
+            )
+
+
+def step_of(checkpoint: str | Path) -> int:
+    """The step a checkpoint's folder is named after."""
+    return int(Path(checkpoint).name.rpartition("-")[2])
+
+
+def keeping_the_best(args: DistillationArguments) -> DistillationArguments:
+    """The same arguments, evaluating at every save and loading the best checkpoint at the end."""
+    if args.save_strategy == SaveStrategy.NO:
+        raise RecipeError(
+            "eval_dataset and compute_metrics ask for the best checkpoint, but save_strategy is "
+            "'no'; set it to 'epoch' or 'steps', or leave compute_metrics out."
+        )
+    schedule: dict[str, Any] = {}
+    if args.save_strategy != SaveStrategy.BEST:
+        schedule = {"eval_strategy": args.save_strategy, "eval_steps": args.save_steps}
+    return dataclasses.replace(args, load_best_model_at_end=True, **schedule)
+
+
+def last_complete_checkpoint(output_dir: str | None) -> Path | None:
+    """The newest checkpoint written to its end: a run may have been killed while saving."""
+    states = Path(output_dir or ".").glob(f"{PREFIX_CHECKPOINT_DIR}-*/{_STATE_FILE}")
+    return max((state.parent for state in states), key=step_of, default=None)
+
+
+def refuse_spoilt(model: nn.Module, step: int, output_dir: str | None) -> None:
+    """Refuse to save weights that are not finite: the checkpoints before them are the good ones.
+
+    Raises:
+        DataError: names the first such tensor and the step.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise DataError(
+                f"{name} is not finite after global step {step}, so no checkpoint was written; "
+                f"earlier checkpoints in {output_dir} are intact. Lower learning_rate, or set "
+                "max_grad_norm."
+            )
+
+
+@contextlib.contextmanager
+def use_cache(model: PreTrainedModel, value: Any) -> Iterator[None]:
+    """Within, `model.config.use_cache` is the value, or gone if that is ABSENT; then as before.
+
+    By the model, not its config: surgery within the context gives the model another config.
+    """
+
+    def put(value: Any) -> None:
+        if value is not ABSENT:
+            model.config.use_cache = value
+        elif "use_cache" in vars(model.config):
+            del model.config.use_cache
+
+    earlier = vars(model.config).get("use_cache", ABSENT)
+    put(value)
+    try:
+        yield
+    finally:
+        put(earlier)
+
+
+@contextlib.contextmanager
+def training_format(model: nn.Module) -> Iterator[None]:
+    """Within, `model.save_pretrained` writes what the Trainer loads back, and does not verify.
+
+    The Trainer loads checkpoints by the names in memory, which differ from the published ones for
+    some families (ViT, Mixtral); `from_pretrained` reads both.
+    """
+    if not isinstance(model, PreTrainedModel):  # adapters of PEFT
+        yield
+        return
+    keywords: dict[str, Any] = {"save_original_format": False}
+    if "verify" in inspect.signature(model.save_pretrained).parameters:
+        keywords["verify"] = False
+    model.save_pretrained = functools.partial(model.save_pretrained, **keywords)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.save_pretrained

@@ -1,0 +1,66 @@
+"""Whether student, teacher and arguments fit each other: asked before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+
+from hfprune.errors import RecipeError
+
+
+def refuse_arguments(args: TrainingArguments, trainer_arguments: Mapping[str, Any]) -> None:
+    """Refuse what would be ignored or break the loss."""
+    refused = {
+        "label_smoothing_factor": "the teacher's distribution is already soft",
+        "use_liger_kernel": "its fused loss returns no logits",
+    }
+    for name, reason in refused.items():
+        if getattr(args, name):
+            raise RecipeError(f"{name} cannot be used in distillation: {reason}. Leave it unset.")
+    if trainer_arguments.get("compute_loss_func") is not None:
+        raise RecipeError("compute_loss_func would be ignored; set the weights of args instead.")
+    if args.n_gpu > 1:
+        raise RecipeError(
+            f"One process sees {args.n_gpu} GPUs; start with `accelerate launch` (one process per "
+            "GPU), or set CUDA_VISIBLE_DEVICES to one of them."
+        )
+
+
+def refuse_other_classes(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Refuse models whose predictions are over different classes."""
+    ours, theirs = _classes(student), _classes(teacher)
+    if ours != theirs:
+        raise RecipeError(
+            f"The student predicts {ours[1]} {ours[0]}, the teacher {theirs[1]} {theirs[0]}: the "
+            "divergence needs the same on both sides. Take the teacher the student was pruned "
+            "from, or set logits_weight to 0."
+        )
+    names, other_names = student.config.id2label or {}, teacher.config.id2label or {}
+    same_set = set(names.values()) == set(other_names.values())
+    if ours[0] == "labels" and same_set and names != other_names:
+        raise RecipeError(
+            f"Student and teacher number the labels differently: {names} and {other_names}. Make "
+            "the student with the teacher's id2label."
+        )
+
+
+def _classes(model: PreTrainedModel) -> tuple[str, int | None]:
+    """What the model predicts one of, and how many there are."""
+    head = model.get_output_embeddings()
+    if head is not None:
+        return "vocabulary entries", head.weight.shape[0]
+    return "labels", model.config.num_labels
+
+
+def submodule(model: nn.Module, path: str, role: str) -> nn.Module:
+    """The submodule at a path, or an error that names it."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise RecipeError(
+            f"attention_outlets names {path!r}, which the {role} {type(model).__name__} does not "
+            "have; give paths as in named_modules()."
+        ) from None
