@@ -49,6 +49,9 @@ class Group:
             attention).
         fixed_params: stays even when the group is emptied (the outlet's bias).
         cross: keys and values come from another stack.
+        positions: relative positions whose embeddings every forward pass projects (deberta-v2).
+        position_weights: what one unit projects them with.
+        position_terms: how often a unit compares every token with every position.
     """
 
     name: str
@@ -67,6 +70,9 @@ class Group:
     shared_params: int
     fixed_params: int
     cross: bool = False
+    positions: int = 0
+    position_weights: int = 0
+    position_terms: int = 0
 
     @property
     def kv_groups(self) -> int:
@@ -99,6 +105,12 @@ class Block:
         stack: which stack of the family's row.
         layer: which layer in it; -1 for the layers themselves.
         unit_params: per unit, what goes with it besides the groups and experts inside.
+        unit_weights: of these, the weights that every token passes; of an expert, its row of the
+            router.
+        routed_weights: of experts, the weights that a token passes in those it is sent to; as many,
+            however many there are.
+        unit_mixing: of a layer, multiply-accumulates per pair of tokens in attentions whose heads
+            are not units.
         least: how many units must stay.
         pinned: units that must stay.
         columns: an expert has one routing weight, as a neuron has one column.
@@ -109,6 +121,9 @@ class Block:
     stack: int
     layer: int
     unit_params: tuple[int, ...]
+    unit_weights: tuple[int, ...] = ()
+    routed_weights: int = 0
+    unit_mixing: tuple[int, ...] = ()
     least: int = 1
     pinned: tuple[int, ...] = ()
     columns: ClassVar[int] = 1
@@ -136,12 +151,14 @@ class Anatomy:
         groups: every prunable group.
         blocks: its layers and routed experts, which can go whole.
         outside_params: parameters outside the layers (embeddings, heads), tied ones counted once.
+        note: what the family's row says of what cannot be pruned.
     """
 
     model_type: str
     groups: tuple[Group, ...]
     blocks: tuple[Block, ...]
     outside_params: int
+    note: str = ""
 
     @property
     def stacks(self) -> tuple[Block, ...]:
@@ -169,7 +186,7 @@ class Anatomy:
         total = sum(p.numel() for p in model.parameters())
         outside = total
         for number, stack in enumerate(row.stacks):
-            others = []
+            params, weights, mixing = [], [], []
             for index, layer in enumerate(model.base_model.get_submodule(stack.layers).children()):
                 inside = sum(p.numel() for p in layer.parameters())
                 found = _groups(layer, stack, number, index)
@@ -178,12 +195,23 @@ class Anatomy:
                 owned += sum(sum(block.unit_params) for block in experts)
                 groups += found
                 blocks += experts
-                others.append(inside - owned)
+                params.append(inside - owned)
+                weights.append(_other_weights(layer, stack))
+                mixing.append(sum(2 * inputs_of(layer.get_submodule(a.o)) for a in stack.whole))
                 outside -= inside
             blocks.append(
-                Block(stack.layers, "layer", number, -1, tuple(others), pinned=stack.pinned)
+                Block(
+                    stack.layers,
+                    "layer",
+                    number,
+                    -1,
+                    tuple(params),
+                    tuple(weights),
+                    unit_mixing=tuple(mixing),
+                    pinned=stack.pinned,
+                )
             )
-        return Anatomy(row.model_type, tuple(groups), tuple(blocks), outside)
+        return Anatomy(row.model_type, tuple(groups), tuple(blocks), outside, row.note)
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
@@ -217,22 +245,18 @@ class Anatomy:
     def from_dict(values: Mapping[str, Any]) -> Anatomy:
         """The inverse of `to_dict`."""
         groups = tuple(Group(**group) for group in values["groups"])
-        blocks = tuple(
-            Block(
-                **{
-                    **block,
-                    "unit_params": tuple(block["unit_params"]),
-                    "pinned": tuple(block["pinned"]),
-                }
-            )
-            for block in values["blocks"]
-        )
-        return Anatomy(values["model_type"], groups, blocks, values["outside_params"])
+        blocks = tuple(Block(**_tuples(block)) for block in values["blocks"])
+        return Anatomy(**{**values, "groups": groups, "blocks": blocks})
 
     def __str__(self) -> str:
         from hfprune.structure.cost import anatomy_table
 
         return anatomy_table(self)
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows lists only."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 def stack_of(model: PreTrainedModel, group: Group) -> Stack:
@@ -331,12 +355,14 @@ class Slice:
             (columns).
         rows: (units, rows per unit) indices along `dim`; KV groups instead of units if `per_kv`.
         per_kv: the rows belong to the KV groups.
+        per_position: its inputs are not the tokens, but the embeddings of relative positions.
     """
 
     module: nn.Module
     dim: int
     rows: torch.Tensor
     per_kv: bool = False
+    per_position: bool = False
 
     @property
     def weights(self) -> int:
@@ -425,7 +451,10 @@ def _head_slices(layer: nn.Module, row: Attention) -> list[Slice]:
     else:
         kv = (outputs - heads) // 2
         found += _fused_slices(q, row.layout, heads, kv, dim)
-    found += [Slice(module, 0, _blocks(heads, dim)) for module in present(layer, row.follow)]
+    found += [
+        Slice(module, 0, _blocks(heads, dim), per_position=bool(row.positions))
+        for module in present(layer, row.follow)
+    ]
     found += [Slice(module, 1, _blocks(heads, 1)) for module in present(layer, (row.bias,))]
     return found
 
@@ -493,9 +522,34 @@ def _experts(layer: nn.Module, stack: Stack, number: int, index: int) -> list[Bl
     count = _size(router, 0)
     each = sum(p.numel() for m in (router, experts) for p in m.parameters()) // count
     name = f"{stack.layers}.{index}.{stack.moe.experts}"
+    chosen = int(router.top_k)  # type: ignore[arg-type]
+    matrices = sum(p.numel() for p in experts.parameters() if p.dim() == 3) // count
     return [
-        Block(name, "expert", number, index, (each,) * count, least=int(router.top_k))  # type: ignore[arg-type]
+        Block(
+            name,
+            "expert",
+            number,
+            index,
+            (each,) * count,
+            (_size(router, 1),) * count,
+            routed_weights=chosen * matrices,
+            least=chosen,
+        )
     ]
+
+
+def _other_weights(layer: nn.Module, stack: Stack) -> int:
+    """Weights of a layer that every token passes, besides those of its units and its router."""
+    found = [piece for row in stack.attentions for piece in _head_slices(layer, row)]
+    if stack.ffn and present(layer, (stack.ffn.down,)):
+        found += _neuron_slices(layer, stack.ffn)
+    units = {piece.module for piece in found}
+    router = stack.moe.router if stack.moe else None
+    return sum(
+        module.weight.numel()
+        for path, module in layer.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module not in units and path != router
+    )
 
 
 def _group(layer: nn.Module, stack: Stack, stack_index: int, index: int, part: int | None) -> Group:
@@ -515,6 +569,7 @@ def _group(layer: nn.Module, stack: Stack, stack_index: int, index: int, part: i
     kv = next((len(s.rows) for s in found if s.per_kv), units)
     unit_params = sum(s.params for s in found if not s.per_kv)
     kv_params = sum(s.params for s in found if s.per_kv)
+    relative = _relative(inside[0], stack.attentions[part], found) if part is not None else {}
     bias = getattr(outlet.module, "bias", None)
     fixed = 0 if bias is None else bias.numel()
     modules = [*inside, *(s.module for s in found)]
@@ -530,11 +585,26 @@ def _group(layer: nn.Module, stack: Stack, stack_index: int, index: int, part: i
         columns=columns,
         heads_per_kv=units // kv if units else 1,
         outlet=f"{prefix}.{outlet_path}",
-        unit_weights=sum(s.weights for s in found if not s.per_kv),
+        unit_weights=sum(s.weights for s in found if not s.per_kv and not s.per_position),
         unit_params=unit_params,
         kv_weights=sum(s.weights for s in found if s.per_kv),
         kv_params=kv_params,
         shared_params=shared,
         fixed_params=fixed,
         cross=part is not None and stack.attentions[part].context == "cross",
+        **relative,
     )
+
+
+def _relative(at: nn.Module, row: Attention, found: Sequence[Slice]) -> dict[str, int]:
+    """The sizes of an attention between tokens and relative positions, {} if it has none."""
+    span = getattr(at, row.positions, 0) if row.positions else 0
+    if not span:
+        return {}
+    own = sum(piece.weights for piece in found if piece.per_position)
+    shared = sum(piece.weights for piece in found[1:3])  # query and key serve positions too
+    return {
+        "positions": 2 * int(span),
+        "position_weights": own or shared,
+        "position_terms": len(getattr(at, row.terms)),
+    }

@@ -31,6 +31,9 @@ class Attention:
         sizes: attributes of `at` equal to query heads times `dim`.
         groups: attribute of `at` with the number of query heads per KV group.
         follow: further modules whose output rows go with the query heads, where they are present.
+        positions: attribute of `at` with half the number of relative positions that tokens are
+            compared with; the projections in `follow` are then of positions.
+        terms: attribute of `at` that lists these comparisons.
         bias: embedding whose columns are the heads' position biases, where it is present.
         patch: name of the help that the family's forward needs, "" for none (see
             `modeling_hfprune.PATCHES`).
@@ -51,6 +54,8 @@ class Attention:
     sizes: tuple[str, ...] = ()
     groups: str = "num_key_value_groups"
     follow: tuple[str, ...] = ()
+    positions: str = ""
+    terms: str = ""
     bias: str = ""
     patch: str = ""
     context: Literal["self", "cross"] = "self"
@@ -101,6 +106,7 @@ class Stack:
         depth: config attributes with the number of layers, those that are present; with the name
             of the sub-config before them if they are in one.
         moe: the routed experts of a layer, where present.
+        whole: attentions whose heads are not units, because they are not independent of each other.
         pinned: layers that stay, because they are built unlike the others.
     """
 
@@ -109,6 +115,7 @@ class Stack:
     ffn: Ffn | None
     depth: str = "num_hidden_layers"
     moe: Moe | None = None
+    whole: tuple[Attention, ...] = ()
     pinned: tuple[int, ...] = ()
 
 
@@ -180,6 +187,8 @@ _DEBERTA_V2 = Stack(
             "attention.self",
             "query_proj key_proj value_proj /attention.output.dense",
             follow=("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
+            positions="pos_ebd_size",
+            terms="pos_att_type",
             **_BERT_NAMES,
         ),
     ),
@@ -202,10 +211,10 @@ _PHI3 = Stack(
     _GATED_FUSED,
 )
 _STARCODER2 = Stack("layers", (_LLAMA_ATTENTION,), Ffn(("mlp.c_fc",), "mlp.c_proj"))
-_OLMO2 = Stack("layers", (), _GATED)
+_OLMO2 = Stack("layers", (), _GATED, whole=(_LLAMA_ATTENTION,))
 _EXPERTS = Moe("mlp.gate", "mlp.experts")
 _MOE = Stack("layers", (_LLAMA_ATTENTION,), _GATED, moe=_EXPERTS)
-_OLMOE = Stack("layers", (), None, moe=_EXPERTS)
+_OLMOE = Stack("layers", (), None, moe=_EXPERTS, whole=(_LLAMA_ATTENTION,))
 _PHIMOE = Stack("layers", (_LLAMA_ATTENTION,), None, moe=Moe("mlp.router", "mlp.experts"))
 _QWEN2_MOE = Stack(
     "layers",

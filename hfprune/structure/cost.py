@@ -8,13 +8,14 @@ of them would promise what no plan can keep. They are shown beside it.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from hfprune.structure.anatomy import Anatomy, Group
+from hfprune.structure.anatomy import Anatomy, Block, Group
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Selection = Mapping[str, Sequence[int]]
 
@@ -37,17 +38,27 @@ def group_macs(group: Group, units: int, kv_groups: int, tokens: int) -> int:
     macs = tokens * (units * group.unit_weights + kv_groups * group.kv_weights)
     if group.kind == "head":
         macs += 2 * tokens * tokens * units * group.columns
+        compared = group.position_terms * tokens * group.columns
+        macs += units * group.positions * (group.position_weights + compared)
     return macs
+
+
+def block_macs(block: Block, units: Collection[int], tokens: int) -> int:
+    """MACs of the units of a block for one example, besides the groups and experts inside.
+
+    Experts are counted as their eager implementation computes them: each token passes its router
+    and the experts that it is sent to, `top_k` of them however many there are.
+    """
+    weights = block.routed_weights + sum(block.unit_weights[n] for n in units if block.unit_weights)
+    mixing = sum(block.unit_mixing[n] for n in units if block.unit_mixing)
+    return tokens * weights + tokens * tokens * mixing
 
 
 def layers_params(anatomy: Anatomy, selection: Selection | None = None) -> int:
     """Parameters of the layers that a selection (everything, if None) leaves."""
     keep = selection or {}
     whole = sum(
-        block.unit_params[unit]
-        for block in anatomy.blocks
-        if block.layer in _kept_layers(anatomy, block.stack, keep) or block.kind == "layer"
-        for unit in keep.get(block.name, range(block.units))
+        block.unit_params[unit] for block, units in _kept_blocks(anatomy, keep) for unit in units
     )
     return whole + sum(
         group_params(g, len(units), len(g.kv_of(units))) for g, units in _kept(anatomy, keep)
@@ -55,13 +66,24 @@ def layers_params(anatomy: Anatomy, selection: Selection | None = None) -> int:
 
 
 def layers_macs(anatomy: Anatomy, tokens: int, selection: Selection | None = None) -> int:
-    """MACs of the layers' heads and neurons for one example of `tokens` tokens.
+    """MACs of the layers that a selection leaves, for one example of `tokens` tokens."""
+    return sum(stack_macs(anatomy, stack.stack, tokens, selection) for stack in anatomy.stacks)
 
-    Routed experts are not counted: a token is sent to as many, however many there are.
-    """
-    return sum(
+
+def stack_macs(
+    anatomy: Anatomy, stack: int, tokens: int, selection: Selection | None = None
+) -> int:
+    """MACs of one stack of layers, as `layers_macs`."""
+    keep = selection or {}
+    whole = sum(
+        block_macs(block, units, tokens)
+        for block, units in _kept_blocks(anatomy, keep)
+        if block.stack == stack
+    )
+    return whole + sum(
         group_macs(g, len(units), len(g.kv_of(units)), tokens)
-        for g, units in _kept(anatomy, selection or {})
+        for g, units in _kept(anatomy, keep)
+        if g.stack == stack
     )
 
 
@@ -72,13 +94,24 @@ def _kept(anatomy: Anatomy, keep: Selection) -> Iterator[tuple[Group, Sequence[i
             yield group, keep.get(group.name, range(group.units))
 
 
+def _kept_blocks(anatomy: Anatomy, keep: Selection) -> Iterator[tuple[Block, Sequence[int]]]:
+    """The stacks, and the experts of the layers that stay, each with its kept units."""
+    for block in anatomy.blocks:
+        if block.kind == "layer" or block.layer in _kept_layers(anatomy, block.stack, keep):
+            yield block, keep.get(block.name, range(block.units))
+
+
 def _kept_layers(anatomy: Anatomy, stack: int, keep: Selection) -> Sequence[int]:
     block = next(b for b in anatomy.blocks if b.kind == "layer" and b.stack == stack)
     return keep.get(block.name, range(block.units))
 
 
 def counted_macs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> int:
-    """MACs of one real forward pass of the whole model, as torch's FlopCounterMode counts."""
+    """MACs of one real forward pass of the whole model, as torch's FlopCounterMode counts.
+
+    The pass runs the eager attention and experts: of the fused kernels the counter knows only some,
+    and takes the others for free.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -87,12 +120,37 @@ def counted_macs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> int:
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with (
+            _eager(model.config),
+            torch.no_grad(),
+            FlopCounterMode(display=False) as counter,
+        ):
             model(**batch)
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
     return counter.get_total_flops() // 2
+
+
+@contextmanager
+def _eager(config: PreTrainedConfig) -> Iterator[None]:
+    """Eager kernels while the context is open; each sub-config's own come back after."""
+    kinds = ("_attn_implementation", "_experts_implementation")
+    before = {kind: _kernels(config, kind) for kind in kinds}
+    try:
+        for kind in kinds:
+            setattr(config, kind, "eager")
+        yield
+    finally:
+        for kind, kernels in before.items():
+            setattr(config, kind, kernels)
+
+
+def _kernels(config: PreTrainedConfig, kind: str) -> dict[str, Any]:
+    """The kernels of a config, at "", and of its sub-configs, as the setter of `kind` takes."""
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    inner = {name: _kernels(part, kind) for name, part in parts.items() if part is not None}
+    return {"": getattr(config, kind), **inner}
 
 
 def anatomy_table(anatomy: Anatomy, tokens: int = 128) -> str:
@@ -109,14 +167,17 @@ def anatomy_table(anatomy: Anatomy, tokens: int = 128) -> str:
                 f"{group_macs(g, g.units, g.kv_groups, tokens):,}",
             )
         )
-    for block in anatomy.experts:
+    for block in (*anatomy.experts, *anatomy.stacks):
         params = f"{sum(block.unit_params):,}"
-        rows.append((block.name, "experts", f"{block.units:,}", params, "as routed"))
+        macs = f"{block_macs(block, range(block.units), tokens):,}"
+        name = block.name if block.kind == "expert" else f"{block.name}, the rest"
+        rows.append((name, f"{block.kind}s", f"{block.units:,}", params, macs))
     rows.append(
-        ("layers", "", "", f"{layers_params(anatomy):,}", f"{layers_macs(anatomy, tokens):,}")
+        ("all layers", "", "", f"{layers_params(anatomy):,}", f"{layers_macs(anatomy, tokens):,}")
     )
     rows.append(("outside the layers", "", "", f"{anatomy.outside_params:,}", ""))
-    return "\n".join(aligned(rows, left={0, 1}))
+    lines = aligned(rows, left={0, 1})
+    return "\n".join([*lines, f"Note: {anatomy.note}."] if anatomy.note else lines)
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.integrations.heterogeneity.configuration_utils import (
     AmbiguousGlobalPerLayerAttributeError as Ambiguous,
 )
@@ -23,7 +24,7 @@ from hfprune.importance.gates import frozen, gate_gradients, gated, masked
 from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.architectures import ROWS
 from hfprune.structure.checkpoint import from_pretrained
-from hfprune.structure.cost import counted_macs, group_macs, layers_macs, layers_params
+from hfprune.structure.cost import layers_macs, layers_params, stack_macs
 from hfprune.structure.surgery import copy_and_cut, cut
 
 # One of each way of being built runs the expensive tests by default, the others when slow ones do.
@@ -163,18 +164,46 @@ def test_gate_gradients_are_finite_differences(family):
 
 @contextmanager
 def lengths_seen(model, anatomy):
-    """{stack: tokens of the whole batch}, filled by the forward passes inside the context."""
+    """{stack: tokens of the example}, filled by the forward passes inside the context."""
     lengths = {}
     with ExitStack() as stack:
-        for group in anatomy:
-            outlet = model.base_model.get_submodule(group.outlet)
-            hook = outlet.register_forward_pre_hook(
-                lambda module, args, at=group.stack: lengths.update(
-                    {at: args[0].shape[:-1].numel()}
+        for block in anatomy.stacks:
+            for layer in model.base_model.get_submodule(block.name).children():
+                hook = layer.register_forward_hook(
+                    lambda module, args, kwargs, output, at=block.stack: lengths.update(
+                        {at: (args[0] if args else kwargs["hidden_states"]).shape[-2]}
+                    ),
+                    with_kwargs=True,
                 )
-            )
-            stack.callback(hook.remove)
+                stack.callback(hook.remove)
         yield lengths
+
+
+def one_example(model):
+    """A batch of one; of two stacks, both read equally many tokens, as the cost assumes."""
+    inputs = {name: tensor[:1] for name, tensor in tiny.batch(model).items()}
+    with lengths_seen(model, Anatomy.of(model)) as lengths:
+        model(**inputs)
+    if "decoder_input_ids" in inputs:
+        inputs["decoder_input_ids"] = inputs["decoder_input_ids"][:, :1].repeat(1, lengths[0])
+        lengths[1] = lengths[0]
+    return inputs, lengths
+
+
+def counted_in_layers(model, inputs, anatomy):
+    """{stack: MACs that torch counts inside its layers}."""
+    prefix = type(model).__name__ + "".join(
+        f".{name}" for name, module in model.named_modules() if name and module is model.base_model
+    )
+    with torch.no_grad(), frozen(model), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    return {
+        block.stack: sum(
+            sum(counter.get_flop_counts().get(f"{prefix}.{block.name}.{n}", {}).values()) // 2
+            for n in range(block.units)
+        )
+        for block in anatomy.stacks
+    }
 
 
 @every_family
@@ -191,24 +220,10 @@ def test_cost_counts_what_is_there(family):
     assert layers_params(before, keep) + added == layers_params(after)
     assert layers_macs(before, 9, keep) == layers_macs(after, 9)
 
-    inputs = tiny.batch(dense)
-    with lengths_seen(dense, before) as lengths:
-        dense(**inputs)
-    examples = len(next(iter(inputs.values())))
-    if "decoder_input_ids" in inputs:  # one length for both sides of the cross-attention
-        start = inputs["decoder_input_ids"][:, :1]
-        inputs["decoder_input_ids"] = start.repeat(1, lengths[0] // examples)
-        lengths[1] = lengths[0]
-
-    def macs(anatomy):
-        return examples * sum(
-            group_macs(g, g.units, g.kv_groups, lengths[g.stack] // examples) for g in anatomy
-        )
-
-    if family == "deberta-v2":
-        return  # attention between positions and contents costs more than the analytic count says
-    counted = counted_macs(dense, inputs) - counted_macs(pruned, inputs)
-    assert counted == macs(before) - macs(after)
+    inputs, lengths = one_example(dense)
+    for model, anatomy in ((dense, before), (pruned, after)):
+        for stack, counted in counted_in_layers(model, inputs, anatomy).items():
+            assert stack_macs(anatomy, stack, lengths[stack]) == counted
 
 
 @every_family

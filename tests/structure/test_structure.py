@@ -16,6 +16,7 @@ from hfprune.errors import CheckpointError, HfpruneError, UnsupportedModelError
 from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.architectures import ROWS, Row, family_table, register
 from hfprune.structure.checkpoint import as_stock, from_pretrained
+from hfprune.structure.cost import counted_macs, layers_macs
 from hfprune.structure.modeling_hfprune import (
     KEY,
     PATCHES,
@@ -342,6 +343,41 @@ def test_a_stock_model_keeps_its_history(tmp_path):
     assert type(model) is transformers.BertForMaskedLM
     again = cut(model, {"encoder.layer.0.output.dense": range(4)}, {"budget": "b"})
     assert getattr(again.config, KEY)["lineage"] == [{"budget": "a"}, {"budget": "b"}]
+
+
+@pytest.mark.parametrize("family", ["bert", "mixtral", "clip"])
+def test_the_whole_model_is_counted_whatever_kernels_it_runs(family):
+    model = tiny.model(family)
+    inputs = tiny.batch(model)
+    eager = counted_macs(model, inputs)
+    model.set_attn_implementation("sdpa")
+    if family == "mixtral":
+        model.set_experts_implementation("grouped_mm")
+    assert counted_macs(model, inputs) == eager
+    for config in (module.config for module in model.modules() if hasattr(module, "config")):
+        assert config._attn_implementation == "sdpa"
+        assert family != "mixtral" or config._experts_implementation == "grouped_mm"
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"share_att_key": True},
+        {"pos_att_type": ["c2p"]},
+        {"pos_att_type": ["p2c"], "share_att_key": True},
+        {"relative_attention": False},
+    ],
+)
+def test_relative_positions_of_deberta_are_counted(variant):
+    config = tiny.config("deberta-v2")
+    for name, value in variant.items():
+        setattr(config, name, value)
+    model = transformers.DebertaV2Model(config).eval()
+    anatomy = Anatomy.of(model)
+    keep = tiny.selection(anatomy)
+    inputs = {"input_ids": torch.arange(3, 12)[None]}
+    assert counted_macs(model, inputs) == layers_macs(anatomy, 9)
+    assert counted_macs(copy_and_cut(model, keep), inputs) == layers_macs(anatomy, 9, keep)
 
 
 def test_the_table_of_a_model_lists_its_experts():
