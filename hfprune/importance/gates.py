@@ -8,21 +8,25 @@ Better than One?", arXiv:1905.10650).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from hfprune.structure.anatomy import Anatomy, Block, Group, moe_of
+from hfprune.structure.architectures import row_of
 from hfprune.structure.cost import Selection
 
 # Called with a group, its outlet's input (batch, tokens, units x columns) and the loss's gradient
 # of the same shape; with a block of experts, their routing weights instead of the input. Batch and
 # tokens are one dimension for experts and what lies beside them.
 Receiver = Callable[[Group | Block, torch.Tensor, torch.Tensor], None]
+Reporter = Callable[[torch.Tensor, torch.Tensor], None]  # of one outlet
 
 
 def outlet_of(model: PreTrainedModel, group: Group) -> nn.Module:
@@ -142,6 +146,34 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
                 parameter.requires_grad_(True)
 
 
+class _Watched(torch.autograd.Function):
+    """Identity: what passes through is reported with its gradient in the backward pass.
+
+    What passes is saved as autograd saves things, and not by the hook's own reference: so that it
+    is freed early, and is not held at all where a layer is computed again (see `recomputing`).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, activation: torch.Tensor, report: Reporter) -> torch.Tensor:
+        ctx.save_for_backward(activation)
+        ctx.report = report
+        return activation.view_as(activation)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.report(*ctx.saved_tensors, *gradients)
+        return gradients[0], None
+
+
+def _watched(activation: torch.Tensor, report: Reporter) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        return activation
+    if not activation.requires_grad:
+        activation.requires_grad_(True)  # nothing before the first outlet has a gradient
+    watched: torch.Tensor = _Watched.apply(activation, report)
+    return watched
+
+
 @contextmanager
 def gate_gradients(model: PreTrainedModel, anatomy: Anatomy, receive: Receiver) -> Iterator[None]:
     """Report every outlet's input and its gradient in each backward pass of the context.
@@ -154,17 +186,8 @@ def gate_gradients(model: PreTrainedModel, anatomy: Anatomy, receive: Receiver) 
 
             def watch(
                 module: nn.Module, args: tuple[torch.Tensor, ...], group: Group = group
-            ) -> None:
-                activation = args[0]
-                if not torch.is_grad_enabled():
-                    return
-                # Nothing before the first outlet has a gradient.
-                if not activation.requires_grad:
-                    activation.requires_grad_(True)
-                # detach: a hook that held the tensor it hangs on would be a cycle, freed only by
-                # the collector.
-                values = activation.detach()
-                activation.register_hook(lambda gradient: receive(group, values, gradient))
+            ) -> tuple[torch.Tensor, ...]:
+                return (_watched(args[0], functools.partial(receive, group)), *args[1:])
 
             hook = outlet_of(model, group).register_forward_pre_hook(watch)
             stack.callback(hook.remove)
@@ -181,13 +204,54 @@ def _watch_experts(
     def spread(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return values.new_zeros(len(values), block.units).scatter(1, index, values)
 
-    def watch(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        _, index, weights = args  # (batch x tokens, top_k)
-        if not torch.is_grad_enabled():
-            return
-        if not weights.requires_grad:
-            weights.requires_grad_(True)
-        values = spread(weights.detach(), index)
-        weights.register_hook(lambda gradient: receive(block, values, spread(gradient, index)))
+    def watch(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden, index, weights = args  # (batch x tokens, top_k)
+
+        def report(values: torch.Tensor, gradient: torch.Tensor) -> None:
+            receive(block, spread(values, index), spread(gradient, index))
+
+        return hidden, index, _watched(weights, report)
 
     stack.callback(moe_of(model, block)[1].register_forward_pre_hook(watch).remove)
+
+
+@contextmanager
+def recomputing(model: PreTrainedModel) -> Iterator[None]:
+    """Keep only what goes into each layer, and compute the layer again in the backward pass.
+
+    The layers are wrapped here, not by the method of transformers: that one works only in
+    training mode, in which some families drop out.
+    """
+    with ExitStack() as stack:
+        for row in row_of(model.config.model_type).stacks:
+            for layer in model.base_model.get_submodule(row.layers).children():
+                before = vars(layer).get("forward")  # accelerate's, on a model that it dispatched
+                stack.callback(_restore, layer, "forward", before)
+                layer.forward = functools.partial(
+                    checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+                )
+        yield
+
+
+@contextmanager
+def uncached(model: PreTrainedModel) -> Iterator[None]:
+    """No cache of keys and values while the context is open: one pass over whole texts needs none,
+    and a layer that is computed twice would fill it twice.
+    """
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    caching = [c for c in configs.values() if getattr(c, "use_cache", False)]
+    try:
+        for config in caching:
+            config.use_cache = False
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
+def _restore(module: nn.Module, name: str, value: object) -> None:
+    """Give an instance its own attribute back, or none."""
+    if value is None:
+        delattr(module, name)
+    else:
+        setattr(module, name, value)

@@ -150,9 +150,8 @@ def _generator(batch: Batch, example: int, seed: int) -> torch.Generator:
         if mask is not None and mask[example].shape == row.shape:
             row = row[mask[example].bool()]
         if row.numel():
-            content = zlib.crc32(
-                row.cpu().flatten().contiguous().view(torch.uint8).numpy(), content
-            )
+            scalars = row.cpu().flatten().contiguous().view(torch.uint8)
+            content = zlib.crc32(scalars.numpy().tobytes(), content)
     return torch.Generator().manual_seed(content)
 
 

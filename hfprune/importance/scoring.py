@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,13 @@ from transformers import PreTrainedModel
 
 from hfprune.errors import DataError, HfpruneError, unknown
 from hfprune.importance.criteria import CRITERIA, Evidence, criterion_named
-from hfprune.importance.gates import frozen, gate_gradients, outlet_of
+from hfprune.importance.gates import (
+    frozen,
+    gate_gradients,
+    outlet_of,
+    recomputing,
+    uncached,
+)
 from hfprune.importance.losses import (
     LOSSES,
     Batch,
@@ -99,6 +106,7 @@ def score(
     criteria: Sequence[str] | None = None,
     loss: str | Loss = "labels",
     seed: int = 0,
+    checkpointing: bool = False,
 ) -> Scores:
     """Score every head, neuron and routed expert of a model from one pass over labelled batches.
 
@@ -114,6 +122,8 @@ def score(
             predictions, and "logits", how far its logits move, for which no labels are needed; or
             (model, batch) -> a loss summed over examples or labelled tokens.
         seed: of the criterion `random` and of the losses that draw.
+        checkpointing: keep only what goes into each layer and compute the layer again in the
+            backward pass: a third more time, for long sequences and models that hardly fit.
 
     Raises:
         HfpruneError: an unknown criterion or loss.
@@ -129,7 +139,9 @@ def score(
     gathering = _Gathering(model, anatomy)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     total = len(batches) if isinstance(batches, Sized) else None
-    with frozen(model), gate_gradients(model, anatomy, gathering.receive), torch.enable_grad():
+    again = recomputing(model) if checkpointing else nullcontext()
+    watching = gate_gradients(model, anatomy, gathering.receive)
+    with frozen(model), uncached(model), watching, again, torch.enable_grad():
         for index, batch in enumerate(tqdm(batches, "scoring", total, delay=2, leave=False)):
             if index % world == rank:
                 here = {name: tensor.to(model.device) for name, tensor in batch.items()}

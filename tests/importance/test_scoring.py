@@ -268,6 +268,40 @@ def test_a_criterion_of_ones_own(registry):
         criterion(outlet_only)
 
 
+def labelled(family):
+    model = tiny.model(family)
+    batch = tiny.batch(model)
+    if family == "t5":
+        return model, batch | {"labels": batch["decoder_input_ids"]}
+    return model, batch | {"labels": batch["input_ids"]}
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mixtral", "opt", "t5"])
+def test_computing_layers_again_gives_the_same_scores(family):
+    model, batch = labelled(family)
+    plain = score(model, [batch])
+    calls = []
+    outlet = outlet_of(model, Anatomy.of(model).groups[0])
+    outlet.register_forward_hook(lambda *_: calls.append(1))
+    again = score(model, [batch], checkpointing=True)
+    assert len(calls) == 2
+    assert_same(again, plain, rtol=1e-6, atol=1e-12)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert getattr(model.config, "use_cache", True)
+
+
+def test_a_model_in_training_with_checkpointing_of_its_own():
+    model, batch = labelled("opt")  # its layers have dropout
+    plain = score(model, [batch])
+    model.train()
+    model.activation_checkpointing_enable()
+    for checkpointing in (False, True):
+        assert_same(
+            score(model, [batch], checkpointing=checkpointing), plain, rtol=1e-6, atol=1e-12
+        )
+    assert model.training and model.is_gradient_checkpointing
+
+
 WORKER = """
 import sys, torch
 import torch.distributed as dist
