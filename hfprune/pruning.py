@@ -12,8 +12,9 @@ from hfprune.importance.gates import masked
 from hfprune.importance.losses import Batch
 from hfprune.importance.scoring import score
 from hfprune.planning.budget import Budget
+from hfprune.planning.constraints import Constraints
 from hfprune.planning.plan import PruningPlan
-from hfprune.planning.solve import Constraints, plan
+from hfprune.planning.solve import plan
 from hfprune.recovery.compensation import compensate as refit
 from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.checkpoint import as_stock, from_pretrained
@@ -71,7 +72,7 @@ def remove(
 def prune(
     model: PreTrainedModel | str | os.PathLike[str],
     batches: Iterable[Batch],
-    budget: str | Budget,
+    budget: str | Budget | Sequence[str],
     criterion: str = "fisher",
     constraints: Constraints | None = None,
 ) -> PreTrainedModel:
@@ -80,7 +81,8 @@ def prune(
     Args:
         model: a transformers model, or the folder or Hub id of one.
         batches: labelled calibration batches, {name: tensor}.
-        budget: "macs=50%" or "params=0.6": the share of the layers' cost to keep.
+        budget: "macs=50%" or "params=0.6", the share of the layers' cost to keep; or several
+            limits. See `plan`.
         criterion: name of the importance criterion.
         constraints: floors, granularity, and what must stay.
 

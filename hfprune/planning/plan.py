@@ -4,6 +4,7 @@ tensor.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -25,6 +26,24 @@ from hfprune.structure.cost import (
 
 VERSION = 1
 
+Margin = tuple[float | None, float | None]
+
+
+@dataclass(frozen=True)
+class Spending:
+    """One limit of a budget, before and after.
+
+    Attributes:
+        dense, kept: what the dense and the pruned model cost, in MACs, parameters, bytes or
+            nanoseconds.
+        price: the share of all importance that a limit greater by 1 % of the dense cost would keep
+            in addition, at the margin; 0 if the limit does not bind.
+    """
+
+    dense: int
+    kept: int
+    price: float
+
 
 @dataclass(frozen=True)
 class PruningPlan:
@@ -43,6 +62,10 @@ class PruningPlan:
             importance.
         uniform: the layers of a stack keep equally many units, and the pruned model is to be one of
             its stock class.
+        spending: one per limit of the budget.
+        margins: {group name: worth of the best units that go, of the least that stay}. Worth is
+            importance over cost at the price of the margin: above 1 units stay, unless a constraint
+            forbids it. None where none can go or stay, and without a price.
     """
 
     anatomy: Anatomy
@@ -53,6 +76,8 @@ class PruningPlan:
     lost: Mapping[str, float] = field(default_factory=dict)
     gap: float = 0.0
     uniform: bool = False
+    spending: tuple[Spending, ...] = ()
+    margins: Mapping[str, Margin] = field(default_factory=dict)
 
     @property
     def macs_share(self) -> float:
@@ -110,30 +135,14 @@ class PruningPlan:
         }
 
     def explain(self) -> str:
-        """A table: per group what stays, what goes and at what loss of importance; then the budget
-        before and after.
+        """A table: per group what stays and at what loss of importance, and how the worth of what
+        goes and of what stays compares; then the budget before and after.
         """
-        rows = [("layer", "stays", "of", "kind", "parameters", "MACs", "importance lost")]
-        for g in self.anatomy:
-            units = len(self.keep[g.name])
-            kv = len(g.kv_of(self.keep[g.name]))
-            params = group_params(g, units, kv) / max(1, group_params(g, g.units, g.kv_groups))
-            params *= not self.drops(g)  # an emptied group leaves the outlet's bias, a layer none
-            macs = group_macs(g, units, kv, self.tokens) / max(
-                1, group_macs(g, g.units, g.kv_groups, self.tokens)
-            )
-            lost = f"{self.lost[g.name]:.1%}" if g.name in self.lost else ""
-            rows.append(
-                (
-                    g.name,
-                    f"{units:,}",
-                    f"{g.units:,}",
-                    f"{g.kind}s",
-                    f"{params:.0%}",
-                    f"{macs:.0%}",
-                    lost,
-                )
-            )
+        rows = [
+            ("layer", "stays", "of", "kind", "parameters", "MACs", "importance lost")
+            + ("worth of next", "worth of last") * bool(self.margins)
+        ]
+        rows += [self._row(group) for group in self.anatomy]
         lines = aligned(rows, left={0, 3})
         lines += [
             f"Of {stack}, whole layers go: {', '.join(map(str, layers))}."
@@ -145,6 +154,12 @@ class PruningPlan:
             for block in self.anatomy.experts
             if block.name in self.keep
         ]
+        if self.margins:
+            lines.append(
+                "Worth is importance over cost, 1 at the margin of this budget: of the next units"
+                " that would stay, and of the last that do. Where the next are worth more than 1, a"
+                " constraint keeps them out; where the last are worth less, one keeps them in."
+            )
         before, after = layers_params(self.anatomy), layers_params(self.anatomy, self.keep)
         lines += [
             "",
@@ -155,7 +170,39 @@ class PruningPlan:
                 " layers stay)."
             ),
         ]
+        lines += [
+            f"{limit}: {limit.written(own.dense)} -> {limit.written(own.kept)}"
+            f" ({own.kept / own.dense:.1%}); "
+            + (
+                f"at the margin, 1 % more would keep {own.price:.2%} more of all importance."
+                if own.price
+                else "this limit does not bind."
+            )
+            for limit, own in zip(self.budget.limits, self.spending, strict=False)
+        ]
         return "\n".join(lines)
+
+    def _row(self, group: Group) -> tuple[str, ...]:
+        """The line of one group in `explain`."""
+        units = len(self.keep[group.name])
+        kv = len(group.kv_of(self.keep[group.name]))
+        whole = (group.units, group.kv_groups)
+        params = group_params(group, units, kv) / max(1, group_params(group, *whole))
+        params *= not self.drops(group)  # an emptied group leaves the outlet's bias, a layer none
+        macs = group_macs(group, units, kv, self.tokens) / max(
+            1, group_macs(group, *whole, self.tokens)
+        )
+        margin = self.margins.get(group.name, (None, None))
+        return (
+            group.name,
+            f"{units:,}",
+            f"{group.units:,}",
+            f"{group.kind}s",
+            f"{params:.0%}",
+            f"{macs:.0%}",
+            f"{self.lost[group.name]:.1%}" if group.name in self.lost else "",
+            *("-" if worth is None else f"{worth:.2f}" for worth in margin if self.margins),
+        )
 
     def diff(self, other: PruningPlan) -> str:
         """What another plan for the same model keeps instead, a line per group that differs."""
@@ -198,6 +245,8 @@ class PruningPlan:
             "gap": self.gap,
             "uniform": self.uniform,
             "lost": dict(self.lost),
+            "spending": [dataclasses.asdict(own) for own in self.spending],
+            "margins": {name: list(margin) for name, margin in self.margins.items()},
             "keep": {name: list(units) for name, units in self.keep.items()},
             "anatomy": self.anatomy.to_dict(),
         }
@@ -223,6 +272,8 @@ class PruningPlan:
             lost=values["lost"],
             gap=values["gap"],
             uniform=values.get("uniform", False),
+            spending=tuple(Spending(**own) for own in values.get("spending", ())),
+            margins={name: (up, down) for name, (up, down) in values.get("margins", {}).items()},
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -7,8 +7,8 @@ import pytest
 import tiny
 
 from hfprune.errors import HfpruneError
-from hfprune.planning.budget import Budget
-from hfprune.planning.plan import VERSION, PruningPlan
+from hfprune.planning.budget import Budget, Limit
+from hfprune.planning.plan import VERSION, PruningPlan, Spending
 from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.cost import layers_params
 from hfprune.structure.surgery import copy_and_cut
@@ -18,7 +18,7 @@ def make(family="llama", seed=0, share=1 / 3):
     anatomy = Anatomy.of(tiny.model(family))
     lost = {group.name: 0.25 for group in anatomy}
     keep = tiny.selection(anatomy, seed)
-    return PruningPlan(anatomy, keep, Budget("macs", share), "fisher", 9, lost, 0.01)
+    return PruningPlan(anatomy, keep, Budget((Limit("macs", share),)), "fisher", 9, lost, 0.01)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5", "mixtral"])
@@ -66,6 +66,20 @@ def test_explain_says_what_stays_of_every_group(family):
     assert f"{before:,} -> {after:,}" in said
     assert "by fisher" in said
     assert f"{plan.macs_share:.1%} of their MACs (9 tokens)" in said
+
+
+def test_explain_says_what_is_worth_its_cost():
+    plan = make()
+    name, other = list(plan.keep)[:2]
+    margins = {name: (0.91, 1.204), other: (None, 0.4)}
+    spent = (Spending(2_000_000, 998_000, 0.0123),)
+    told = dataclasses.replace(plan, margins=margins, spending=spent)
+    assert PruningPlan.from_dict(json.loads(json.dumps(told.to_dict()))) == told
+    said = told.explain()
+    lines = {line.split()[0]: line.split() for line in said.splitlines() if line}
+    assert lines[name][-2:] == ["0.91", "1.20"] and lines[other][-2:] == ["-", "0.40"]
+    assert "2 M -> 998 K (49.9%); at the margin, 1 % more would keep 1.23% more of all" in said
+    assert "worth" not in plan.explain()
 
 
 def test_shares_are_those_of_the_pruned_model():

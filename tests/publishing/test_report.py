@@ -1,41 +1,13 @@
-"""Reports: JSON and back, the tables, and pictures that show what the plan says."""
+"""Reports: JSON and back, the tables, and what they say in words."""
 
 import dataclasses
 import io
 import json
 
-import numpy as np
 import pytest
-import tiny
+from reports import NAMES, make, variant
 
-from hfprune.evaluation.evaluate import Difference, Quality
-from hfprune.evaluation.measure import Latency, Measurement
-from hfprune.planning.budget import Budget
-from hfprune.planning.plan import PruningPlan
-from hfprune.publishing.figures import GONE, KEPT, draw_kept, kept_as_text
-from hfprune.publishing.report import Report, Variant
-from hfprune.structure.anatomy import Anatomy
-
-NAMES = ("dense", "pruned", "compensated", "distilled")
-
-
-def make(metric="accuracy"):
-    def variant(name, scale):
-        value = 0.9 * scale if metric == "accuracy" else 12.5 / scale
-        latency = {32: Latency(0.05 * scale, 0.04, 0.06, 7), 1: Latency(0.002 * scale, 0.001, 1, 7)}
-        return Variant(
-            name=name,
-            quality=Quality(metric, value, value - 0.02, value + 0.02, 1032),
-            difference=None
-            if name == "dense"
-            else Difference(metric, value - 0.9, -0.05, 0.01, 1032),
-            params=int(22_700_000 * scale),
-            macs=int(480_000_000 * scale),
-            measured=Measurement("cpu", 2, latency, 3_000_000 if scale < 1 else None, 91_000_000),
-        )
-
-    variants = tuple(variant(name, 1 - 0.1 * i) for i, name in enumerate(NAMES))
-    return Report(variants, 23, {"CPU": "a fine one", "threads": "2"}, {"dense": 61.5})
+from hfprune.publishing.report import Report
 
 
 def test_it_comes_back_from_json():
@@ -43,14 +15,25 @@ def test_it_comes_back_from_json():
     assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
+def test_a_report_from_before_pictures_is_read():
+    values = make().to_dict()
+    for key in ("pruning", "recipe", "curve"):
+        del values[key]
+    report = Report.from_dict(json.loads(json.dumps(values)))
+    assert report == make(pruning=None, recipe={}, curve=())
+    assert report.markdown()
+
+
+def table_of(markdown):
+    lines = markdown.splitlines()
+    return [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+
+
 def test_the_markdown_table_has_every_variant():
     report = make()
-    lines = report.markdown().splitlines()
-    table = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
-    header, *rows = table
+    header, *rows = table_of(report.markdown())
     assert [row[0] for row in rows] == list(NAMES)
     assert all(len(row) == len(header) for row in rows)
-    assert lines[1].count("|") == lines[0].count("|")
     first = dict(zip(header, rows[0], strict=True))
     last = dict(zip(header, rows[-1], strict=True))
     assert first["accuracy [95 %]"] == "90.0% [88.0%, 92.0%]"
@@ -62,9 +45,18 @@ def test_the_markdown_table_has_every_variant():
     assert last["latency, batch 32"] == "35.0 ms"
     assert first["file"] == "91.0 MB"
     assert [row[-1] for row in rows] == ["not measured", "3.0 MB", "3.0 MB", "3.0 MB"]
-    assert "1,032 test examples" in lines[-1]
-    assert "median of 7 interleaved runs" in lines[-1]
-    assert "CPU a fine one, threads 2" in lines[-1]
+    ruler = next(line for line in report.markdown().splitlines() if line.startswith("|---"))
+    assert ruler.count("|") == len(header) + 1
+
+
+def test_the_markdown_says_how_and_how_sure():
+    report = make()
+    text = report.markdown()
+    assert "1,032 test examples" in report.caption()
+    assert "median of 7 interleaved runs" in report.caption()
+    assert "CPU a fine one, threads 2" in report.caption()
+    for piece in (report.caption(), *report.caveats(), *(f.note for f in report.facts())):
+        assert piece in text
 
 
 def test_perplexity_is_no_percentage():
@@ -72,7 +64,16 @@ def test_perplexity_is_no_percentage():
     header, first, second = report.cells()[:3]
     assert header[1] == "perplexity [95 %]"
     assert first[1] == "12.50 [12.48, 12.52]"
-    assert second[2] == "+13.0 [-0.1, +0.0]"
+    assert second[2] == "+1.4 [-0.1, +0.0]"
+
+
+def test_energy_has_a_column_where_it_was_read():
+    assert "energy per example" not in make().cells()[0]
+    first, *rest = make().variants
+    read = dataclasses.replace(first.measured, energy_per_example=0.0123)
+    report = make(variants=(dataclasses.replace(first, measured=read), *rest))
+    column = report.cells()[0].index("energy per example")
+    assert [row[column] for row in report.cells()[1:3]] == ["12.3 mJ", "not measured"]
 
 
 def test_the_terminals_table_has_every_cell():
@@ -86,65 +87,63 @@ def test_the_terminals_table_has_every_cell():
         assert cell in text
 
 
-def plan_of(family, **changes):
-    anatomy = Anatomy.of(tiny.model(family))
-    keep = tiny.selection(anatomy) | changes
-    return PruningPlan(anatomy, keep, Budget("macs", 0.5), "fisher", 9)
+def facts_of(report):
+    return {fact.title: fact for fact in report.facts()}
 
 
-@pytest.mark.parametrize("family", ["bert", "t5", "olmo2"])
-def test_the_drawing_in_the_terminal_counts_what_stays(family):
-    plan = plan_of(family)
-    lines = kept_as_text(plan).splitlines()
-    assert len(lines) == len(plan.anatomy.groups)
-    assert len({line.split("  ")[0] for line in lines}) == len(lines)  # every label is its own
-    for group, line in zip(plan.anatomy, lines, strict=True):
-        kept = plan.keep[group.name]
-        assert line.endswith(f"  {len(kept)}/{group.units}")
-        drawing = line.split()[-2]
-        if group.kind == "head":
-            assert [i for i, mark in enumerate(drawing) if mark == "█"] == list(kept)
-        else:
-            assert drawing.count("█") / len(drawing) == pytest.approx(
-                len(kept) / group.units, abs=1 / len(drawing)
-            )
+def test_the_headline_is_what_the_table_says():
+    facts = facts_of(make())
+    assert facts["Removed"].value == "30% of the MACs"
+    assert "30% of the parameters" in facts["Removed"].note
+    stay, heads = make().pruning.count("head")
+    assert f"{stay} of {heads} heads and " in facts["Removed"].note
+    assert facts["Quality"].value == "-27.0 points of accuracy"
+    assert facts["Speed"].value == "1.4 times as fast"
+    assert "35.0 ms, dense 50.0 ms. 1.4 times at batch 1." in facts["Speed"].note
+    assert facts["Size"].value == "0% smaller on disk"
 
 
-def test_removed_layers_are_drawn_as_such():
-    text = kept_as_text(plan_of("bert", **{"encoder.layer": (0, 2)}))
-    assert [line for line in text.splitlines() if "(removed)" in line] == [
-        line for line in text.splitlines() if line.startswith("layer 1")
-    ]
+@pytest.mark.parametrize(
+    ("metric", "scale", "low", "high", "said"),
+    [
+        ("accuracy", 0.99, -0.02, 0.01, "No difference in accuracy can be shown on 1,032"),
+        ("accuracy", 0.8, -0.2, -0.1, "The accuracy is worse"),
+        ("accuracy", 1.1, 0.01, 0.2, "The accuracy is better"),
+        ("perplexity", 0.8, 2.0, 4.0, "The perplexity is worse"),
+        ("perplexity", 1.1, -2.0, -0.1, "The perplexity is better"),
+    ],
+)
+def test_the_verdict_follows_the_paired_interval(metric, scale, low, high, said):
+    ends = variant("dense", 1, metric), variant("pruned", scale, metric, low, high)
+    assert facts_of(make(variants=ends))["Quality"].note.startswith(said)
 
 
-def share_of(pixels, color):
-    """Share of an image's pixels (height, width, 4) in one color."""
-    wanted = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    return float((np.abs(pixels[..., :3] - wanted).max(axis=-1) < 0.01).mean())
+def test_a_dense_model_alone_has_no_headline():
+    assert make(variants=make().variants[:1]).facts() == []
 
 
-@pytest.mark.parametrize("family", ["bert", "t5", "olmo2"])
-def test_the_picture_shows_what_stays(family, tmp_path):
-    from matplotlib.image import imread
-
-    plan = plan_of(family)
-    draw_kept(plan, tmp_path / "some.png")
-    everything = dataclasses.replace(plan, keep=plan.anatomy.everything)
-    draw_kept(everything, tmp_path / "all.png")
-    some, whole = (imread(tmp_path / name) for name in ("some.png", "all.png"))
-    assert some.shape == whole.shape
-    assert min(some.shape[:2]) > 200
-    assert share_of(some, KEPT) > 0.02
-    assert share_of(some, GONE) > 0.02
-    assert share_of(whole, GONE) < 0.001
-    both = share_of(some, KEPT) + share_of(some, GONE)
-    assert share_of(whole, KEPT) == pytest.approx(both, rel=0.05)
+def test_caveats_speak_of_this_run():
+    text = "\n".join(make().caveats())
+    assert "about ±2.0 points" in text
+    assert "640 training examples of 11 tokens" in text
+    assert "alike to 0.97" in text and "More examples" not in text
+    assert "Energy was not measured" in text
+    assert "cpu with 2 threads" in text
+    assert "Peak memory could not be read" not in text
+    shaky = dataclasses.replace(make().pruning, agreement=0.4)
+    assert "More examples would change the plan" in "\n".join(make(pruning=shaky).caveats())
+    blind = dataclasses.replace(make().pruning, agreement=None)
+    assert "reads no gradients" in "\n".join(make(pruning=blind).caveats())
 
 
-def test_a_drawing_as_svg_says_the_counts(tmp_path):
-    plan = plan_of("bert")
-    draw_kept(plan, tmp_path / "kept.svg")
-    text = (tmp_path / "kept.svg").read_text()
-    assert KEPT in text and GONE in text
-    for group in plan.anatomy:
-        assert f"<!-- {len(plan.keep[group.name])}/{group.units} -->" in text
+def test_a_difference_within_the_noise_of_the_machine_is_called_so():
+    text = "\n".join(make().caveats())  # the quartiles of the made-up runs all overlap
+    assert "At batch 1, 32 the middle halves" in text
+    ends = [variant("dense", 1), variant("pruned", 0.5)]
+    for i, v in enumerate(ends):
+        tight = {
+            size: dataclasses.replace(x, low=x.median * 0.9, high=x.median * 1.1)
+            for size, x in v.measured.latency.items()
+        }
+        ends[i] = dataclasses.replace(v, measured=dataclasses.replace(v.measured, latency=tight))
+    assert "the middle halves" not in "\n".join(make(variants=tuple(ends)).caveats())
