@@ -1,88 +1,364 @@
-"""Pictures of what was pruned: for the terminal and as image files."""
+"""Pictures of what was pruned and measured: for the terminal, as image files, and for a page.
+
+Every picture of a report is one narrow panel, so that it can be read on a telephone and stand
+beside others on a wide page. A page that inlines the SVG can put its own theme in the place of the
+colors in `THEME`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hfprune.publishing.panels import (
+    GONE,
+    INK,
+    KEPT,
+    LINE,
+    LINES,
+    MUTED,
+    PAPER,
+    draw_importance,
+    draw_latencies,
+    draw_points,
+    draw_qualities,
+    draw_seconds,
+    draw_units,
+    duration,
+    one_by_one,
+    scale_of,
+    style,
+    unit_of,
+)
+from hfprune.publishing.report import milliseconds
+from hfprune.publishing.units import MARKS, units_of
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from hfprune.evaluation.measure import Latency
     from hfprune.planning.plan import PruningPlan
-    from hfprune.structure.anatomy import Group
+    from hfprune.publishing.report import CurvePoint, Report
+    from hfprune.publishing.units import Units
+
+THEME = {
+    "kept": KEPT, "gone": GONE, "ink": INK, "muted": MUTED, "line": LINE, "paper": PAPER,
+    **{f"line-{i}": color for i, (color, _, _) in enumerate(LINES) if i},
+}  # fmt: skip
+"""What the colors of a picture are for."""
 
 _BAR = 48  # characters of a full bar in the terminal
-_MARKS = 96  # more units than this are drawn as one bar, not one by one
-KEPT, GONE = "#2c6fbb", "#e4e4e4"
+_WIDTH = 4.2  # inches of a picture, so that its letters are 11 px on a screen of 400
+_PROLOG = '<?xml version="1.0" encoding="utf-8"?>\n'
+_NAMES = {"head": "attention heads", "neuron": "FFN neurons", "expert": "routed experts"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture, drawn and told.
+
+    Attributes:
+        name: of its files, without an ending.
+        title: what it is of.
+        caption: how to read it.
+        description: what it shows, in words, for those who cannot see it.
+        figure: the drawing.
+    """
+
+    name: str
+    title: str
+    caption: str
+    description: str
+    figure: Figure
+
+    @cached_property
+    def svg(self) -> str:
+        """The drawing as an `<svg>` element with title and description; its ids are its own."""
+        buffer = io.StringIO()
+        with style():
+            self.figure.savefig(buffer, format="svg", metadata={"Date": None})
+        text = buffer.getvalue()
+        text = text[text.index("<svg") :]
+        text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+        text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{self.name}-", text)
+        opening, rest = text.split(">", 1)
+        named = f'aria-labelledby="{self.name}-title {self.name}-desc"'
+        return (
+            f'{opening} role="img" {named}>\n'
+            f' <title id="{self.name}-title">{escape(self.title)}</title>\n'
+            f' <desc id="{self.name}-desc">{escape(self.description)}</desc>{rest}'
+        )
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write NAME.svg and NAME.png into a folder, each under a temporary name first."""
+        path = Path(folder, f"{self.name}.svg")
+        temporary = path.with_suffix(".svg.tmp")
+        temporary.write_text(_PROLOG + self.svg, encoding="utf-8")
+        temporary.replace(path)
+        save_figure(self.figure, path.with_suffix(".png"))
+
+
+def pictures(report: Report) -> list[Picture]:
+    """Every picture that a report has the figures for."""
+    drawn = []
+    with style():
+        if report.pruning:
+            kinds = [
+                [row for row in report.pruning.units if row.kind == kind]
+                for kind in report.pruning.kinds
+            ]
+            drawn += [_of_units(rows) for rows in kinds]
+            drawn += [p for rows in kinds if (p := _of_importance(rows, report.pruning.criterion))]
+        drawn.append(_of_quality(report))
+        if report.curve:
+            drawn.append(_of_curve(report))
+        drawn.append(_of_latency(report))
+        if report.seconds:
+            drawn.append(_of_time(report))
+    return drawn
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure under a temporary name, then rename it; the ending says the format."""
+    final = Path(path)
+    kind = final.suffix[1:]
+    temporary = final.with_name(f"{final.name}.tmp")
+    metadata = {"Date": None} if kind == "svg" else None
+    with style():
+        figure.savefig(temporary, format=kind, dpi=200, metadata=metadata)
+    temporary.replace(final)
 
 
 def kept_as_text(plan: PruningPlan) -> str:
-    """The kept units of every group: heads one by one, neurons as a bar of their share."""
+    """The kept units of every layer: heads and experts one by one, neurons as a bar of their
+    share.
+    """
+    rows = units_of(plan)
     lines = []
-    width = max(len(_label(group, plan)) for group in plan.anatomy)
-    for group in plan.anatomy:
-        kept = set(plan.keep[group.name])
-        if group.units <= _MARKS and group.kind == "head":
-            drawing = "".join("█" if unit in kept else "·" for unit in range(group.units))
+    width = max(len(row.label) for row in rows)
+    for row in rows:
+        if one_by_one([row]):
+            drawing = "".join(
+                "█" if unit in (row.which or ()) else "·" for unit in range(row.total)
+            )
         else:
-            full = round(_BAR * len(kept) / max(1, group.units))
+            full = round(_BAR * row.kept / max(1, row.total))
             drawing = "█" * full + "·" * (_BAR - full)
-        lines.append(f"{_label(group, plan):<{width}}  {drawing}  {len(kept):,}/{group.units:,}")
+        lines.append(f"{row.label:<{width}}  {drawing}  {row.kept:,}/{row.total:,}")
     return "\n".join(lines)
 
 
 def draw_kept(plan: PruningPlan, path: str | os.PathLike[str]) -> None:
-    """Draw which heads and how many neurons of every layer stay, to a PNG, SVG or PDF file.
+    """Draw what a plan keeps of every layer, to a PNG, SVG or PDF file.
 
-    Left, one square a head in its place; right, one bar a layer with the share of its neurons.
+    Side by side a panel per kind of units: heads and experts as squares in their places, neurons as
+    a bar of their share.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    heads = [g for g in plan.anatomy if g.kind == "head"]
-    neurons = [g for g in plan.anatomy if g.kind == "neuron"]
-    rows = max(len(heads), len(neurons))
-    figure = Figure(figsize=(9, 1.2 + 0.34 * rows), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    most = max((g.units for g in heads), default=1)
-    for y, group in enumerate(heads):
-        kept = set(plan.keep[group.name])
-        for unit in range(group.units):
-            color = KEPT if unit in kept else GONE
-            left.add_patch(Rectangle((unit + 0.06, y - 0.42), 0.88, 0.84, color=color, lw=0))
-        left.text(most + 0.3, y, f"{len(kept)}/{group.units}", va="center", fontsize=8)
-    left.set(
-        xlim=(0, most + 2.2), ylim=(len(heads) - 0.4, -0.6), title="Attention heads", xlabel="head"
-    )
-    left.set_xticks(range(0, most + 1, max(1, most // 6)))
-    left.set_yticks(range(len(heads)), [_label(g, plan) for g in heads], fontsize=8)
-    shares = [len(plan.keep[g.name]) / max(1, g.units) for g in neurons]
-    right.barh(range(len(neurons)), [1] * len(neurons), color=GONE, height=0.8)
-    right.barh(range(len(neurons)), shares, color=KEPT, height=0.8)
-    for y, group in enumerate(neurons):
-        right.text(
-            1.02, y, f"{len(plan.keep[group.name]):,}/{group.units:,}", va="center", fontsize=8
+    rows = units_of(plan)
+    kinds = dict.fromkeys(row.kind for row in rows)
+    panels = [[row for row in rows if row.kind == kind] for kind in kinds]
+    with style():
+        height = 1.1 + 0.24 * max(map(len, panels))
+        figure = _figure(height, _WIDTH * len(panels))
+        for axes, panel in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
+            draw_units(axes, panel)
+            axes.set_title(_staying(panel), loc="left", pad=8)
+        figure.suptitle(
+            f"{plan.anatomy.model_type}, {plan.budget} by {plan.criterion}: the layers keep"
+            f" {plan.macs_share:.0%} of their MACs, {plan.params_share:.0%} of their parameters",
+            fontweight="normal",
         )
-    right.set(
-        xlim=(0, 1.3), ylim=(len(neurons) - 0.4, -0.6), title="FFN neurons", xlabel="share kept"
-    )
-    right.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
-    right.set_yticks(range(len(neurons)), [_label(g, plan) for g in neurons], fontsize=8)
-    for axes in (left, right):
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
-    figure.suptitle(
-        f"{plan.anatomy.model_type}, {plan.budget} by {plan.criterion}: "
-        f"{plan.macs_share:.0%} of the layers' MACs, {plan.params_share:.0%} of their parameters",
-        fontsize=10,
-    )
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
-def _label(group: Group, plan: PruningPlan) -> str:
-    several = len({g.stack for g in plan.anatomy}) > 1
-    stack = f"{group.name.split('.')[0]} " if several else ""  # encoder, decoder, text_model ...
-    part = "cross-attention" if group.cross else {"head": "heads", "neuron": "neurons"}[group.kind]
-    gone = " (removed)" if plan.drops(group) else ""
-    return f"{stack}layer {group.layer}{gone} {part}"
+def draw_curve(
+    points: Sequence[CurvePoint],
+    path: str | os.PathLike[str],
+    *,
+    quality: str = "accuracy (%)",
+    cost: str = "MACs of the layers that stay (%)",
+) -> None:
+    """Draw quality against cost to a PNG, SVG or PDF file, a line with error bars per series.
+
+    Args:
+        points: of one or more series; those of the series "dense" are drawn as a level. `mean`,
+            `low` and `high` are drawn as they are, `budget` in percent.
+        path: the file.
+        quality: name of the axis, with its unit.
+        cost: name of the axis; percent.
+    """
+    with style():
+        figure = _single(
+            "Quality against cost", 3.4, lambda axes: draw_points(axes, points, quality, cost)
+        )
+    save_figure(figure, path)
+
+
+def _of_units(rows: Sequence[Units]) -> Picture:
+    kind, title = rows[0].kind, _staying(rows)
+    listed = "; ".join(f"layer {row.place}: {row.kept:,} of {row.total:,}" for row in rows)
+    return Picture(
+        f"kept-{kind}s",
+        title,
+        f"One square a {kind}: full ones stay, pale ones were removed."
+        if one_by_one(rows)
+        else f"The share of each layer's {kind}s that stays.",
+        f"How many {kind}s of each layer stay. {listed}.",
+        _single(title, 0.95 + 0.24 * len(rows), lambda axes: draw_units(axes, rows)),
+    )
+
+
+def _staying(rows: Sequence[Units]) -> str:
+    name = _NAMES[rows[0].kind]
+    return f"{name[0].upper()}{name[1:]} that stay"
+
+
+def _of_importance(rows: Sequence[Units], criterion: str) -> Picture | None:
+    kind = rows[0].kind
+    values = sorted(v for row in rows for v in (*row.kept_importance, *row.removed_importance))
+    positive = [v for v in values if v > 0]
+    if not positive:
+        return None
+    # A few units that nothing depends on would squeeze all others into a corner.
+    floor, top = max(positive[0], positive[len(positive) // 2] * 1e-6), positive[-1]
+    dots = all(row.total <= MARKS for row in rows)
+    shape = f"a {kind} a dot" if dots else f"the higher, the more {kind}s"
+    edge = " Those of (nearly) no importance stand at the left edge." * (values[0] < floor)
+    medians = "; ".join(f"layer {row.place}: {_medians(row)}" for row in rows)
+    title = f"Importance of the {_NAMES[kind]}"
+    return Picture(
+        f"importance-{kind}s",
+        title,
+        f"Each layer's {kind}s from least to most important, {shape}; full ones stay, pale ones"
+        f" were removed.{edge}",
+        f"Median importance by {criterion} of the {kind}s that stay, and of those removed."
+        f" {medians}.",
+        _single(
+            title,
+            1.0 + 0.34 * len(rows),
+            lambda axes: draw_importance(axes, rows, criterion, floor, top),
+        ),
+    )
+
+
+def _medians(row: Units) -> str:
+    kept, removed = (
+        f"{values[len(values) // 2]:.2g}" if values else "none"
+        for values in (row.kept_importance, row.removed_importance)
+    )
+    return f"{kept} and {removed}"
+
+
+def _of_quality(report: Report) -> Picture:
+    qualities = {v.name: v.quality for v in report.variants}
+    scale, metric = scale_of(report.dense.quality.metric), report.dense.quality.metric
+    listed = "; ".join(
+        f"{name}: {scale * q.value:.1f} [{scale * q.low:.1f}, {scale * q.high:.1f}]"
+        for name, q in qualities.items()
+    )
+    title = "Quality on the test split"
+    return Picture(
+        "quality",
+        title,
+        "Bars are 95 % intervals of each model by itself. Compared on the same examples the models"
+        " differ less than the bars suggest: see the table.",
+        f"{unit_of(metric)} with 95 % intervals. {listed}.",
+        _single(title, 1.0 + 0.34 * len(qualities), lambda axes: draw_qualities(axes, qualities)),
+    )
+
+
+def _of_curve(report: Report) -> Picture:
+    metric = report.dense.quality.metric
+    scale = scale_of(metric)
+    points = [
+        dataclasses.replace(p, mean=scale * p.mean, low=scale * p.low, high=scale * p.high)
+        for p in report.curve
+    ]
+    resource = report.pruning.budget.split("=")[0] if report.pruning else ""
+    cost = {"macs": "MACs", "params": "parameters"}.get(resource, "cost")
+    cost = f"{cost} of the layers that stay (%)"
+    listed = "; ".join(
+        f"{p.series} at {p.budget:.0%}: {p.mean:.1f} [{p.low:.1f}, {p.high:.1f}]" for p in points
+    )
+    title = "Quality against cost"
+    return Picture(
+        "curve",
+        title,
+        "What stays of the quality at each budget. Bars and the band are 95 % intervals.",
+        f"{unit_of(metric)} over {cost}. {listed}.",
+        _single(title, 3.4, lambda axes: draw_points(axes, points, unit_of(metric), cost)),
+    )
+
+
+def _of_latency(report: Report) -> Picture:
+    return _latency(
+        "latency",
+        "Latency over batch size",
+        "batch size (examples)",
+        "examples of the test split, padded to the longest of the batch",
+        {v.name: v.measured.latency for v in report.structures},
+    )
+
+
+def _latency(
+    name: str, title: str, xlabel: str, inputs: str, lines: Mapping[str, Mapping[int, Latency]]
+) -> Picture:
+    listed = "; ".join(
+        f"{label} at {size}: {milliseconds(line[size].median)}"
+        for label, line in lines.items()
+        for size in sorted(line)
+    )
+    return Picture(
+        name,
+        title,
+        f"Median of interleaved runs on {inputs}; bars are the middle half of the runs, × says how"
+        " many times as fast as dense. Both axes are logarithmic.",
+        f"{title}. {listed}.",
+        _single(title, 3.2, lambda axes: draw_latencies(axes, lines, xlabel)),
+    )
+
+
+def _of_time(report: Report) -> Picture:
+    title, seconds = "Where the time went", report.seconds
+    listed = "; ".join(f"{name}: {duration(value)}" for name, value in seconds.items())
+    return Picture(
+        "time",
+        title,
+        "The time of each step, named by what it left in the run's folder;"
+        f" {duration(sum(seconds.values()))} in all.",
+        f"Seconds of each step. {listed}.",
+        _single(title, 1.0 + 0.24 * len(seconds), lambda axes: draw_seconds(axes, seconds)),
+    )
+
+
+def _single(title: str, height: float, draw: Callable[[Axes], None]) -> Figure:
+    """A figure of one panel, with a title and a legend if there is something to tell apart."""
+    figure = _figure(height)
+    axes = figure.subplots()
+    draw(axes)
+    figure.suptitle(title, x=0.02, ha="left")
+    if names := axes.get_legend_handles_labels()[1]:
+        columns = len(names) if len(names) <= 3 else 2
+        figure.legend(loc="outside lower left", ncols=columns, handlelength=2.6, columnspacing=1.4)
+    # The layout is settled once, and not anew for every file.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
+
+
+def _figure(height: float, width: float = _WIDTH) -> Figure:
+    """A figure by itself, whatever backend the user's own plots have."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")

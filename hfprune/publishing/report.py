@@ -1,16 +1,24 @@
-"""The report: dense and pruned models side by side, nothing estimated shown as measured."""
+"""The report: dense and pruned models side by side, nothing estimated shown as measured.
+
+This file holds what a run found and says it in words and tables; `figures` draws it and `page` puts
+both on a page.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hfprune.evaluation.evaluate import Difference, Quality
 from hfprune.evaluation.measure import Measurement
+from hfprune.publishing.units import Pruning
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+ALIKE = 0.9
+"""Below this agreement of the calibration halves, the report warns of too few examples."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +43,53 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class CurvePoint:
+    """Quality at one cost, in a series of points that are compared.
+
+    Attributes:
+        budget: share of the cost that stays, from 0 to 1; 1 is the dense model.
+        mean: the quality there; over seeds, if there are several.
+        low, high: ends of its error bar.
+        series: "dense", or what chose the units: "fisher", "magnitude", "random" ...
+    """
+
+    budget: float
+    mean: float
+    low: float
+    high: float
+    series: str
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One figure of the headline: what it is of, the figure, and what to know about it."""
+
+    title: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
 class Report:
     """What a run found.
 
     Attributes:
-        variants: the models, dense first.
+        variants: the models, dense first, the run's result last.
         tokens: length of the example whose MACs are counted.
         machine: what it was measured on: processor, threads, versions.
-        seconds: {step: seconds}, of this run's steps.
+        seconds: {artefact: seconds of the step that made it}.
+        pruning: what was removed; None in a report that an older hfprune wrote.
+        recipe: the recipe as plain values.
+        curve: quality over budgets, where more than one was tried.
     """
 
     variants: tuple[Variant, ...]
     tokens: int
     machine: Mapping[str, str]
     seconds: Mapping[str, float]
+    pruning: Pruning | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    curve: tuple[CurvePoint, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -65,6 +106,9 @@ class Report:
             "tokens": self.tokens,
             "machine": dict(self.machine),
             "seconds": dict(self.seconds),
+            "pruning": None if self.pruning is None else asdict(self.pruning),
+            "recipe": dict(self.recipe),
+            "curve": [asdict(point) for point in self.curve],
         }
 
     @staticmethod
@@ -81,21 +125,45 @@ class Report:
             )
             for v in values["variants"]
         )
-        return Report(variants, values["tokens"], values["machine"], values["seconds"])
+        pruning = values.get("pruning")
+        return Report(
+            variants,
+            values["tokens"],
+            values["machine"],
+            values["seconds"],
+            Pruning.from_dict(pruning) if pruning else None,
+            values.get("recipe", {}),
+            tuple(CurvePoint(**point) for point in values.get("curve", ())),
+        )
+
+    @property
+    def dense(self) -> Variant:
+        """What the run began with."""
+        return self.variants[0]
+
+    @property
+    def result(self) -> Variant:
+        """What the run ended with."""
+        return self.variants[-1]
+
+    @property
+    def structures(self) -> list[Variant]:
+        """One variant of each structure, the last: refitted and distilled weights run alike."""
+        return list({(v.params, v.macs): v for v in self.variants}.values())
 
     def cells(self) -> list[list[str]]:
         """The side-by-side table as text: a header row, then one row per variant."""
-        first = self.variants[0]
-        sizes = sorted(first.measured.latency)
-        metric = first.quality.metric
+        sizes = sorted(self.dense.measured.latency)
+        energy = any(v.measured.energy_per_example is not None for v in self.variants)
         header = [
             "model",
-            f"{metric} [95 %]",
+            f"{self.dense.quality.metric} [95 %]",
             "vs dense [95 %]",
             "parameters",
             f"MACs ({self.tokens} tokens)",
             "file",
             *(f"latency, batch {size}" for size in sizes),
+            *(["energy per example"] if energy else []),
             "peak memory",
         ]
         rows = [header]
@@ -108,7 +176,8 @@ class Report:
                     f"{v.params / 1e6:.2f} M",
                     f"{v.macs / 1e6:,.0f} M",
                     _bytes(v.measured.file_bytes),
-                    *(f"{v.measured.latency[size].median * 1e3:.1f} ms" for size in sizes),
+                    *(milliseconds(v.measured.latency[size].median) for size in sizes),
+                    *([_joules(v.measured.energy_per_example)] if energy else []),
                     _bytes(v.measured.peak_memory),
                 ]
             )
@@ -127,28 +196,139 @@ class Report:
         return table
 
     def markdown(self) -> str:
-        """The side-by-side table and how it was measured, as Markdown."""
+        """The headline, the side-by-side table, how it was measured and what to beware of, as
+        Markdown.
+        """
         header, *rows = self.cells()
         lines = [
+            *(f"- **{fact.title}: {fact.value}.** {fact.note}" for fact in self.facts()),
+            "",
             "| " + " | ".join(header) + " |",
             "|" + "---|" + "---:|" * (len(header) - 1),
             *("| " + " | ".join(row) + " |" for row in rows),
             "",
             self.caption(),
+            "",
+            *(f"- {caveat}" for caveat in self.caveats()),
         ]
         return "\n".join(lines) + "\n"
 
     def caption(self) -> str:
         """How the figures came about, in two sentences."""
-        first = self.variants[0]
-        repeats = next(iter(first.measured.latency.values())).repeats
+        repeats = next(iter(self.dense.measured.latency.values())).repeats
         machine = ", ".join(f"{key} {value}" for key, value in self.machine.items())
         return (
-            f"{first.quality.examples:,} test examples, bootstrap intervals (paired in the"
+            f"{self.dense.quality.examples:,} test examples, bootstrap intervals (paired in the"
             " comparison with dense). MACs counted by torch, whole model. Latency: median of"
             f" {repeats} interleaved runs; peak memory: loading and one forward pass in a fresh"
             f" process. {machine}."
         )
+
+    def facts(self) -> list[Fact]:
+        """The headline: what was removed, what it costs in quality, what it gains."""
+        dense, result = self.dense, self.result
+        if result.difference is None:
+            return []
+        return [
+            Fact(
+                "Removed",
+                f"{1 - result.macs / dense.macs:.0%} of the MACs",
+                f"{1 - result.params / dense.params:.0%} of the parameters of the whole model."
+                + self._units(),
+            ),
+            Fact("Quality", _points(result.difference), self._verdict(result.difference)),
+            *self._speed(),
+            Fact("Size", *_smaller(dense.measured, result.measured)),
+        ]
+
+    def caveats(self) -> list[str]:
+        """What the figures do not say by themselves."""
+        quality, measured = self.result.quality, self.result.measured
+        scale = 1 if quality.metric == "perplexity" else 100
+        half = scale * (quality.high - quality.low) / 2
+        unit = "" if quality.metric == "perplexity" else " points"
+        found = [
+            f"Noise: with {quality.examples:,} test examples the {quality.metric} of one model is"
+            f" known to about ±{half:.1f}{unit}. The intervals hold the chance of the test examples"
+            " only; another seed of training would add its own.",
+        ]
+        if self.pruning:
+            found.append(self._calibration(self.pruning))
+        found += [
+            f"One machine: latency and memory were measured on {measured.device} with"
+            f" {measured.threads} threads. Another processor, another runtime or other batch shapes"
+            " give other ratios, and latency follows MACs only roughly.",
+            *self._overlaps(),
+            "Energy was not measured: this machine lets no hardware counter be read, and an"
+            " estimate would be no measurement."
+            if measured.energy_per_example is None
+            else "Energy is what the processor packages drew in all while the model ran, other"
+            " programs included.",
+            "The quality is of this task and this test split. Pruned for one task, a model can be"
+            " much worse at others, and at groups of examples that are rare here.",
+        ]
+        if measured.peak_memory is None:
+            found.append("Peak memory could not be read on this machine.")
+        return found
+
+    def _units(self) -> str:
+        if not self.pruning:
+            return ""
+        counts = [(kind, *self.pruning.count(kind)) for kind in self.pruning.kinds]
+        stay = " and ".join(f"{kept:,} of {total:,} {kind}s" for kind, kept, total in counts)
+        return f" {stay} stay, chosen by {self.pruning.criterion} under {self.pruning.budget}."
+
+    def _verdict(self, difference: Difference) -> str:
+        metric = difference.metric
+        values = f"{_quality(self.result.quality)}, dense {_quality(self.dense.quality)}."
+        if difference.low <= 0 <= difference.high:
+            found = f"No difference in {metric} can be shown on {difference.examples:,} examples"
+        else:
+            rises = difference.value > 0
+            better = rises != (metric == "perplexity")
+            found = f"The {metric} is {'better' if better else 'worse'} than the dense model's"
+        return f"{found}: {values}"
+
+    def _speed(self) -> list[Fact]:
+        before, after = (v.measured.latency for v in (self.dense, self.result))
+        *others, largest = (
+            (size, before[size].median, after[size].median) for size in sorted(before)
+        )
+        size, was, now = largest
+        note = f"A batch of {size}: {milliseconds(now)}, dense {milliseconds(was)}."
+        note += "".join(f" {was / now:.1f} times at batch {size}." for size, was, now in others)
+        return [Fact("Speed", f"{was / now:.1f} times as fast", note)]
+
+    def _calibration(self, pruning: Pruning) -> str:
+        said = (
+            f"Calibration: importance was measured on {pruning.examples:,} training examples of"
+            f" {pruning.tokens:.0f} tokens on average."
+        )
+        if pruning.agreement is None:
+            return f"{said} {pruning.criterion} reads no gradients of them."
+        said += (
+            " The two halves of them rank the units alike to"
+            f" {pruning.agreement:.2f} (Spearman; 1 is equal)."
+        )
+        few = pruning.agreement < ALIKE
+        return f"{said} More examples would change the plan." if few else said
+
+    def _overlaps(self) -> list[str]:
+        """Where the middle halves of the timed runs of dense and result overlap."""
+        before, after = (v.measured.latency for v in (self.dense, self.result))
+        sizes = [size for size in sorted(before) if after[size].high >= before[size].low]
+        if not sizes:
+            return []
+        listed = ", ".join(map(str, sizes))
+        return [
+            f"At batch {listed} the middle halves of the timed runs of the dense model and of the"
+            " result overlap: the difference there is within the noise of this machine."
+        ]
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as "12.3 ms"."""
+    return f"{seconds * 1e3:,.1f} ms"
 
 
 def _quality(quality: Quality) -> str:
@@ -165,5 +345,28 @@ def _difference(difference: Difference | None) -> str:
     return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
+def _points(difference: Difference) -> str:
+    unit = "" if difference.metric == "perplexity" else " points"
+    scale = 1 if difference.metric == "perplexity" else 100
+    return f"{scale * difference.value:+.1f}{unit} of {difference.metric}"
+
+
+def _smaller(before: Measurement, after: Measurement) -> tuple[str, str]:
+    """How much smaller the file is, and the memory beside it."""
+    if not before.file_bytes or not after.file_bytes:
+        return "not measured", "The models were not saved."
+    note = f"{_bytes(after.file_bytes)}, dense {_bytes(before.file_bytes)}."
+    if before.peak_memory and after.peak_memory:
+        note += (
+            f" Peak memory {_bytes(after.peak_memory)}, dense {_bytes(before.peak_memory)}, to load"
+            " and run the largest batch."
+        )
+    return f"{1 - after.file_bytes / before.file_bytes:.0%} smaller on disk", note
+
+
 def _bytes(count: int | None) -> str:
     return "not measured" if count is None else f"{count / 1e6:,.1f} MB"
+
+
+def _joules(joules: float | None) -> str:
+    return "not measured" if joules is None else f"{joules * 1e3:,.1f} mJ"
