@@ -5,6 +5,7 @@ loaded.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import types
@@ -12,9 +13,12 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hfprune.errors import RecipeError, unknown
+
+if TYPE_CHECKING:
+    from hfprune.planning.budget import Budget
 
 Task = Literal["text-classification", "text-generation"]
 
@@ -96,7 +100,9 @@ class Prune:
     """What may stay.
 
     Attributes:
-        budget: "macs=50%" or "params=0.6", of the layers.
+        budget: "macs=50%" or "params=0.6", of the layers; several limits with commas. A list is for
+            rounds: each prunes what the round before left to a smaller share of the dense layers,
+            and recovers.
         criterion: name in the registry of the importance by which units are chosen.
         min_heads, min_neurons: that every layer keeps at least.
         round_to: FFN widths are multiples of this.
@@ -108,7 +114,7 @@ class Prune:
         compensate: refit the outlets by least squares after removal.
     """
 
-    budget: str = "macs=50%"
+    budget: str | tuple[str, ...] = "macs=50%"
     criterion: str = "fisher"
     min_heads: int = 1
     min_neurons: int = 1
@@ -118,6 +124,11 @@ class Prune:
     layers: int | None = None
     experts: int | None = None
     compensate: bool = True
+
+    @property
+    def budgets(self) -> tuple[str, ...]:
+        """One budget per round."""
+        return (self.budget,) if isinstance(self.budget, str) else self.budget
 
 
 @dataclass(frozen=True)
@@ -228,7 +239,11 @@ class Recipe:
         from hfprune.importance.criteria import criterion_named
         from hfprune.planning.budget import Budget
 
-        Budget.parse(self.prune.budget)
+        rounds = [Budget.parse(budget) for budget in self.prune.budgets]
+        if not rounds:
+            raise RecipeError("prune.budget must hold one budget at least.")
+        for before, after in itertools.pairwise(rounds):
+            _check_falls(before, after)
         criterion_named(self.prune.criterion)
         for name, value in self._numbers():
             setting = name.rpartition(".")[2]
@@ -270,13 +285,28 @@ class Recipe:
         return found
 
 
+def _check_falls(before: Budget, after: Budget) -> None:
+    """Refuse a round that need not remove anything."""
+    earlier = {(limit.resource, limit.absolute): limit for limit in before.limits}
+    for limit in after.limits:
+        other = earlier.get((limit.resource, limit.absolute))
+        if other is None or not limit.amount < other.amount:
+            raise RecipeError(
+                f"prune.budget: the round to {after} must leave less than the round to {before}"
+                " before it, of the same resources and in the same units."
+            )
+
+
 def _build(kind: Any, value: Any, where: str) -> Any:
     """A value of an annotated type from plain YAML values."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
-        return _build(next(a for a in arguments if a is not type(None)), value, where)
+        several = isinstance(value, list | tuple)
+        kinds = [a for a in arguments if a is not type(None)]
+        fitting = [a for a in kinds if (typing.get_origin(a) is tuple) == several]
+        return _build((fitting or kinds)[0], value, where)
     if origin is Literal:
         if value not in arguments:
             raise RecipeError(f"{where}: {unknown('value', str(value), arguments)}")

@@ -13,7 +13,7 @@ FLOORS = (
     {"planning"},
     {"recovery", "evaluation"},
     {"publishing"},
-    {"data", "recipe", "pruning", "pipeline"},
+    {"data", "recipe", "pruning", "processes", "rounds", "training", "steps", "pipeline"},
     {"cli"},
     {"hfprune"},  # the public names
 )

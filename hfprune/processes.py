@@ -1,0 +1,170 @@
+"""The processes of one run: one writes, all agree, and when one fails the others stop with its
+error.
+
+They talk through a key-value store beside the process group. Waiting in it has no timeout of a
+collective, so a long step of the one that writes is no failure; and it can say what went wrong
+while the group's own collectives hang.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+import torch.distributed as dist
+
+from hfprune.errors import HfpruneError
+
+_FAILED = "failed"
+_PAUSE = 0.05  # seconds between two looks
+_GRACE = 10.0  # seconds that a failing process waits for the others to have heard of it
+
+
+class OtherProcessError(HfpruneError):
+    """Another process of this run failed; the message is its own."""
+
+
+class Processes:
+    """The processes of a run as one of them sees them; by default it is alone.
+
+    Attributes:
+        rank: number of this process, from 0.
+        count: how many there are.
+        cpu: whether they compute on CPUs.
+    """
+
+    def __init__(
+        self, rank: int = 0, count: int = 1, store: dist.Store | None = None, cpu: bool = True
+    ) -> None:
+        self.rank = rank
+        self.count = count
+        self.cpu = cpu
+        self._store = store
+        self._exchanges = 0
+        self._failure: tuple[int, str] | None = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        accelerator = None if self.cpu else torch.accelerator.current_accelerator()
+        return accelerator or torch.device("cpu")
+
+    def gather(self, value: str = "") -> list[str]:
+        """What every process gives, in their order. It waits for all of them.
+
+        Raises:
+            OtherProcessError: one of them failed.
+        """
+        if self._store is None:
+            return [value]
+        self._exchanges += 1
+        keys = [f"{self._exchanges}/{rank}" for rank in range(self.count)]
+        self._store.set(keys[self.rank], value)
+        while not self._store.check(keys):
+            self.stop_if_failed()
+            time.sleep(_PAUSE)
+        return [self._store.get(key).decode() for key in keys]
+
+    def told(self, value: bool) -> bool:
+        """What process 0 decides."""
+        return bool(json.loads(self.gather(json.dumps(value))[0]))
+
+    def agree(self, what: str, value: str) -> None:
+        """Make sure that all processes came to the same.
+
+        Raises:
+            HfpruneError: they did not; says which.
+        """
+        values = self.gather(value)
+        if len(set(values)) > 1:
+            listed = ", ".join(f"process {rank}: {value}" for rank, value in enumerate(values))
+            raise HfpruneError(
+                f"The processes do not agree on {what} ({listed}). They must see the same files and"
+                " run the same versions of hfprune and torch."
+            )
+
+    def stop_if_failed(self) -> None:
+        """Raise the error of another process, if one failed."""
+        if self._failure is None and self._store is not None and self._store.check([_FAILED]):
+            rank, text = json.loads(self._store.get(_FAILED))
+            self._failure = rank, text
+            self._store.set(f"told/{self.rank}", "")
+        if self._failure is not None and self._failure[0] != self.rank:
+            raise OtherProcessError(f"Process {self._failure[0]} failed: {self._failure[1]}")
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others of an error of this process; or raise theirs, if they failed first.
+
+        A collective breaks when the process at its other end is gone: then the other's error is
+        the one to show.
+        """
+        if self._store is None or isinstance(error, OtherProcessError):
+            return
+        self.stop_if_failed()
+        text = str(error) if isinstance(error, HfpruneError) else f"{type(error).__name__}: {error}"
+        self._store.set(_FAILED, json.dumps([self.rank, text]))
+        others = [f"told/{rank}" for rank in range(self.count) if rank != self.rank]
+        deadline = time.monotonic() + _GRACE
+        while time.monotonic() < deadline and not self._store.check(others):
+            time.sleep(_PAUSE)
+
+    def listen(self, until: threading.Event) -> None:
+        """Hear of failures while this process computes or waits in a collective."""
+        while not until.wait(10 * _PAUSE):
+            with suppress(OtherProcessError, RuntimeError):  # the store may be gone already
+                self.stop_if_failed()
+
+
+@contextmanager
+def launched() -> Iterator[Processes]:
+    """The processes that `accelerate launch` or `torchrun` started; one alone without them.
+
+    Raises:
+        OtherProcessError: another process failed; within seconds after it.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    accelerator = torch.accelerator.current_accelerator()
+    cpu = accelerator is None or accelerator.type == "mps"  # which has no float64
+    cpu = cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if count == 1:
+        yield Processes(cpu=cpu)
+        return
+    if not cpu:
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo" if cpu else None)
+    processes = Processes(dist.get_rank(), count, _store(dist.get_rank()), cpu)
+    leaving = threading.Event()
+    listener = threading.Thread(target=processes.listen, args=(leaving,), daemon=True)
+    listener.start()
+    try:
+        yield processes
+        processes.gather()  # the store is in process 0, which must not leave before the others
+    except BaseException as error:
+        processes.fail(error)
+        raise
+    finally:
+        leaving.set()
+        listener.join()
+        dist.destroy_process_group()  # its threads must not outlive the interpreter
+
+
+def _store(rank: int) -> dist.Store:
+    """The store, which process 0 serves at a port that is free."""
+    host = os.environ["MASTER_ADDR"]
+    if rank == 0:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        dist.broadcast_object_list([store.port])
+        return store
+    port: list[int] = [0]
+    dist.broadcast_object_list(port)
+    return dist.TCPStore(host, port[0], is_master=False)

@@ -1,0 +1,431 @@
+"""The steps of a run: each makes one artefact from those of the steps before it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hfprune.data import Batches, blocks, labelled, load_texts
+from hfprune.errors import RecipeError
+from hfprune.evaluation.evaluate import (
+    Quality,
+    evaluate_classification,
+    evaluate_perplexity,
+    paired_difference,
+)
+from hfprune.evaluation.measure import measure_side_by_side
+from hfprune.importance.criteria import criterion_named
+from hfprune.importance.scoring import Scores, score
+from hfprune.planning.plan import PruningPlan
+from hfprune.planning.solve import Constraints, plan
+from hfprune.processes import Processes
+from hfprune.pruning import remove
+from hfprune.publishing.figures import draw_kept, kept_as_text
+from hfprune.publishing.reload import WAYS, reload_and_compare
+from hfprune.publishing.report import Report, Variant
+from hfprune.recipe import Recipe
+from hfprune.recovery.compensation import compensate
+from hfprune.rounds import Round, budget_on_given, constraints_on_given, in_all
+from hfprune.structure.checkpoint import from_pretrained
+from hfprune.structure.cost import counted_macs
+from hfprune.training import Training
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+DONE = "steps.json"
+"""What a run has done, by artefact, in its folder."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One arrow of the walk.
+
+    Attributes:
+        name: what is being done, for the person who waits.
+        artefact: file or folder in the run's folder.
+        reads: what of the recipe decides the artefact, besides what the steps before read.
+        make: writes the artefact at the path it is given.
+        together: every process takes part, and only the first writes; else the first does it all.
+    """
+
+    name: str
+    artefact: str
+    reads: Mapping[str, Any]
+    make: Callable[[Path], None]
+    together: bool = False
+
+
+class Steps:
+    """The steps of one run, and what they share, loaded when first needed.
+
+    Args:
+        recipe: what is to be done.
+        say: where progress goes, line by line.
+        processes: those that do it together.
+    """
+
+    def __init__(self, recipe: Recipe, say: Callable[[str], None], processes: Processes) -> None:
+        self.recipe = recipe
+        self.folder = Path(recipe.output)
+        self.say = say
+        self.processes = processes
+        criterion_named(recipe.prune.criterion)
+        self.constraints = Constraints(
+            recipe.prune.min_heads,
+            recipe.prune.min_neurons,
+            recipe.prune.round_to,
+            uniform=recipe.prune.uniform,
+            protect=recipe.prune.protect,
+            layers=recipe.prune.layers,
+            experts=recipe.prune.experts,
+        )
+        self.rounds = Round.of(recipe)
+        self.last = self.rounds[-1].path(self.rounds[-1].result)
+        if len(self.rounds) > 1:
+            self.variants = ["dense", *(r.path(r.result) for r in self.rounds)]
+        else:
+            self.variants = ["dense", "pruned"]
+            self.variants += ["compensated"] if recipe.prune.compensate else []
+            self.variants += ["distilled"] if recipe.distill else []
+
+    def listed(self) -> list[Step]:
+        """Every step, in order."""
+        teach = "Fine-tuning the dense model" if self.recipe.finetune else "Loading the dense model"
+        source = ("model", "revision", "gguf_file", "task", "data", "seed", "finetune")
+        steps = [
+            Step(
+                teach,
+                "dense",
+                self._sections(*source),
+                self.make_dense,
+                together=self.recipe.finetune is not None,
+            )
+        ]
+        for number in self.rounds:
+            steps += self._of_round(number)
+        return [
+            *steps,
+            Step("Reloading in a fresh process", "reloaded.json", {}, self.make_reloaded),
+            Step(
+                "Evaluating and measuring",
+                "report.json",
+                self._sections("measure"),
+                self.make_report,
+            ),
+        ]
+
+    def _of_round(self, this: Round) -> list[Step]:
+        """The steps of one round."""
+        prune = self._sections("prune")
+        prune["prune"]["budget"] = self.recipe.prune.budgets[this.number - 1]
+        scored = self._sections("score")
+
+        def step(
+            name: str,
+            artefact: str,
+            make: Callable[[Round, Path], None],
+            reads: Mapping[str, Any] | None = None,
+            together: bool = False,
+        ) -> Step:
+            name = f"{name}, round {this.number}" if this.folder else name
+            return Step(name, this.path(artefact), reads or {}, partial(make, this), together)
+
+        steps = [
+            step("Scoring heads and neurons", "scores", self.make_scores, scored, together=True)
+        ]
+        if this.first:
+            steps.append(step("Planning", "plan.json", self.make_plan, prune, together=True))
+        else:
+            steps += [
+                step("Planning", "cut.json", self.make_plan, prune, together=True),
+                step("Adding up what goes", "plan.json", self.make_sum),
+            ]
+        steps += [
+            step("Drawing what stays", "kept.png", self.make_picture),
+            step("Removing", "pruned", self.make_pruned),
+        ]
+        if self.recipe.prune.compensate:
+            steps.append(
+                step("Compensating by least squares", "compensated", self.make_compensated)
+            )
+        if self.recipe.distill:
+            distill = self._sections("distill")
+            steps.append(
+                step("Distilling", "distilled", self.make_distilled, distill, together=True)
+            )
+        return steps
+
+    def _sections(self, *names: str) -> dict[str, Any]:
+        """Sections of the recipe, as plain values."""
+        values = self.recipe.to_dict()
+        return {name: values[name] for name in names}
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The dense model's tokenizer; it pads."""
+        from transformers import AutoTokenizer
+
+        extra = {"gguf_file": self.recipe.gguf_file} if self.recipe.gguf_file else {}
+        tokenizer = AutoTokenizer.from_pretrained(
+            self.recipe.model, revision=self.recipe.revision, **extra
+        )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    @cached_property
+    def splits(self) -> dict[str, Dataset]:
+        """The examples, tokenized: "train", "dev" and "test"."""
+        texts = load_texts(self.recipe.data)
+        make = blocks if self.recipe.task == "text-generation" else labelled
+        return make(texts, self.tokenizer, self.recipe.data)
+
+    @cached_property
+    def calibration(self) -> list[dict[str, torch.Tensor]]:
+        """The batches that importance is measured on, and outlets are refitted on."""
+        settings = self.recipe.score
+        shuffled = self.splits["train"].shuffle(seed=self.recipe.seed)
+        return list(Batches(shuffled, self.tokenizer, settings.batch_size, settings.examples))
+
+    @property
+    def training(self) -> Training:
+        """How models are trained here."""
+        return Training(self.recipe, self.splits, self.tokenizer, self.processes)
+
+    @property
+    def scores(self) -> Scores:
+        """The scores of the dense model."""
+        return self.scores_of(self.rounds[0])
+
+    @property
+    def plan(self) -> PruningPlan:
+        """What stays of the dense model in the end."""
+        return self.plan_of(self.rounds[-1])
+
+    def scores_of(self, this: Round) -> Scores:
+        """The scores of the model that a round prunes."""
+        return Scores.load(self.folder / this.path("scores"))
+
+    def plan_of(self, this: Round) -> PruningPlan:
+        """What stays of the dense model after a round."""
+        return PruningPlan.load(self.folder / this.path("plan.json"))
+
+    def cut_of(self, this: Round) -> PruningPlan:
+        """What stays of the model that a round prunes."""
+        return PruningPlan.load(self.folder / this.path("plan.json" if this.first else "cut.json"))
+
+    def model(self, name: str) -> PreTrainedModel:
+        """A model of this run, in eval mode."""
+        return from_pretrained(self.folder / name)
+
+    def save(self, model: PreTrainedModel, path: Path) -> None:
+        """Write a model with its tokenizer; only the first process does."""
+        if self.processes.main:
+            model.save_pretrained(path)
+            self.tokenizer.save_pretrained(path)
+
+    def make_dense(self, path: Path) -> None:
+        """The dense model, which has learnt the task."""
+        self._check_data()
+        model = self._load_dense()
+        self.constraints.check(model)
+        if self.recipe.finetune:
+            self.training.finetune(model, checkpoints_of(path))
+        self.save(model, path)
+
+    def _check_data(self) -> None:
+        """Read the data before any model: what is wrong with it shows at once, not at the end."""
+        largest, examples = max(self.recipe.measure.batch_sizes), len(self.splits["test"])
+        if largest > examples:
+            raise RecipeError(
+                f"measure.batch_sizes: data.test makes {examples} examples, too few for a batch of"
+                f" {largest}."
+            )
+
+    def _load_dense(self) -> PreTrainedModel:
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+        extra: dict[str, Any] = {"revision": self.recipe.revision}
+        if self.recipe.gguf_file:
+            extra |= {"gguf_file": self.recipe.gguf_file, "dtype": torch.float32}
+        if self.recipe.task == "text-generation":
+            model = AutoModelForCausalLM.from_pretrained(self.recipe.model, **extra)
+        else:
+            if self.recipe.finetune:  # a new task: as many classes as the labels have
+                extra["num_labels"] = 1 + max(max(s["labels"]) for s in self.splits.values())
+            model = AutoModelForSequenceClassification.from_pretrained(self.recipe.model, **extra)
+        if self.recipe.gguf_file:
+            # The weights are plain tensors by now; what is left of the GGUF loader only forbids
+            # saving.
+            vars(model).update(hf_quantizer=None, is_quantized=False)
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+        return model.eval()
+
+    def make_scores(self, this: Round, path: Path) -> None:
+        """The importance of every unit by every criterion: all of them come from the one pass, so
+        a plan by another one needs no scoring again.
+        """
+        model = self.model(this.given)
+        torch.nn.Module.to(model, self.processes.device)
+        scores = score(
+            model,
+            self.calibration,
+            loss=self.recipe.score.loss,
+            seed=self.recipe.seed,
+        )
+        if self.processes.main:
+            scores.save(path)
+        agreement = scores.agreement.get(self.recipe.prune.criterion)
+        if agreement is not None:
+            self.say(
+                f"  {scores.examples:,} examples of {scores.tokens:.1f} tokens; the two halves of"
+                f" them rank the units alike to {agreement:.2f} (1 is equal)"
+            )
+
+    def make_plan(self, this: Round, path: Path) -> None:
+        """What stays of the model that the round is given; every process plans for itself."""
+        given, scores = self.model(this.given), self.scores_of(this)
+        budget, constraints = this.budget, self.constraints
+        if not this.first:
+            earlier = self.plan_of(self.rounds[this.number - 2])
+            budget = budget_on_given(budget, earlier.anatomy, earlier.tokens)
+            constraints = constraints_on_given(constraints, earlier)
+        made = plan(given, scores, budget, self.recipe.prune.criterion, constraints)
+        self.processes.agree("the plan", made.fingerprint)
+        if self.processes.main:
+            made.save(path)
+        if this.first:
+            self.say(made.explain())
+
+    def make_sum(self, this: Round, path: Path) -> None:
+        """What stays of the dense model after this round and all before it."""
+        made = in_all(
+            self.plan_of(self.rounds[this.number - 2]),
+            self.cut_of(this),
+            self.scores.by(self.recipe.prune.criterion),
+            this.budget,
+        )
+        made.save(path)
+        self.say(made.explain())
+
+    def make_picture(self, this: Round, path: Path) -> None:
+        """A picture of what stays of the dense model."""
+        plan = self.plan_of(this)
+        self.say(kept_as_text(plan))
+        drawn = path.with_suffix(".tmp.png")  # the ending tells matplotlib the format
+        draw_kept(plan, drawn)
+        drawn.rename(path)
+
+    def make_pruned(self, this: Round, path: Path) -> None:
+        """The smaller model, its weights as they were."""
+        self.save(remove(self.model(this.given), self.cut_of(this)), path)
+
+    def make_compensated(self, this: Round, path: Path) -> None:
+        """The smaller model, its outlets refitted."""
+        refitted = compensate(
+            self.model(this.given),
+            self.model(this.path("pruned")),
+            self.calibration,
+            self.cut_of(this).keep,
+        )
+        self.save(refitted, path)
+
+    def make_distilled(self, this: Round, path: Path) -> None:
+        """The smaller model, taught by the dense one."""
+        start = this.path("compensated" if self.recipe.prune.compensate else "pruned")
+        student = self.model(start)
+        self.training.distil(
+            student, self.model("dense"), self.plan_of(this).layer_map, checkpoints_of(path)
+        )
+        self.save(student, path)
+
+    def make_reloaded(self, path: Path) -> None:
+        """Load the result by hfprune and without it, in fresh processes, and compare logits."""
+        without = "stock" if self.plan.uniform else "remote-code"
+        found = reload_and_compare(
+            self.folder / self.last, self.model(self.last), self._probe(), ["hfprune", without]
+        )
+        path.write_text(
+            json.dumps({"model": self.last, "largest_logit_difference": found}, indent=2) + "\n"
+        )
+        self.say(f"  equal logits by hfprune.from_pretrained and by {WAYS[without]}: {found}")
+
+    def _probe(self) -> dict[str, torch.Tensor]:
+        batch = next(iter(Batches(self.splits["test"], self.tokenizer, 8)))
+        return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+    def make_report(self, path: Path) -> None:
+        """Quality and cost of every variant, side by side."""
+        models = {name: self.model(name) for name in self.variants}
+        classify = self.recipe.task == "text-classification"
+        test = Batches(self.splits["test"], self.tokenizer, self.recipe.score.batch_size)
+        quality: dict[str, Quality] = {}
+        for name, model in models.items():
+            judge = evaluate_classification if classify else evaluate_perplexity
+            quality[name] = judge(model, test, seed=self.recipe.seed)
+        sizes = self.recipe.measure.batch_sizes
+        sample = self.splits["test"].shuffle(seed=self.recipe.seed)
+        timed = {size: Batches(sample, self.tokenizer, size, size)[0] for size in sizes}
+        measured = measure_side_by_side(
+            models,
+            timed,
+            folders={name: self.folder / name for name in self.variants},
+            repeats=self.recipe.measure.repeats,
+            threads=self.recipe.measure.threads or None,
+        )
+        tokens = self.plan.tokens
+        one = {"input_ids": torch.full((1, tokens), self.tokenizer.pad_token_id or 0)}
+        one["attention_mask"] = torch.ones_like(one["input_ids"])
+        report = Report(
+            variants=tuple(
+                Variant(
+                    name=name,
+                    quality=quality[name],
+                    difference=(
+                        None
+                        if name == "dense"
+                        else paired_difference(
+                            quality["dense"], quality[name], seed=self.recipe.seed
+                        )
+                    ),
+                    params=sum(p.numel() for p in models[name].parameters()),
+                    macs=counted_macs(models[name], one),
+                    measured=measured[name],
+                )
+                for name in self.variants
+            ),
+            tokens=tokens,
+            machine={
+                "CPU": platform.processor() or platform.machine(),
+                "threads": str(torch.get_num_threads()),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            seconds={name: entry["seconds"] for name, entry in steps_done(self.folder).items()},
+        )
+        path.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+
+
+def checkpoints_of(artefact: Path) -> Path:
+    """Where the training that makes an artefact keeps its checkpoints."""
+    return artefact.with_name(f"{artefact.name}-checkpoints")
+
+
+def steps_done(folder: Path) -> dict[str, Any]:
+    """What a run has done: {artefact: its key, the seconds it took ...}."""
+    with suppress(FileNotFoundError):
+        return dict(json.loads((folder / DONE).read_text()))
+    return {}

@@ -1,0 +1,200 @@
+"""How a run trains its models: by transformers' Trainer, in an order of examples that neither the
+number of processes nor an interruption changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+
+from hfprune.errors import RecipeError
+from hfprune.processes import Processes
+from hfprune.recipe import Distill, Finetune, Recipe
+from hfprune.recovery.checkpoints import last_complete_checkpoint
+from hfprune.recovery.distillation import DistillationArguments, DistillationTrainer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_POOL = 50  # batches whose examples are sorted by length together
+
+
+class ByLength(Sampler[int]):
+    """Examples in batches of like length, in an order drawn from the seed and the epoch alone.
+
+    transformers' own sampler draws from the global generator, which dropout and a restart move on
+    differently in every process.
+
+    Args:
+        lengths: of the examples.
+        batch_size: examples per optimizer step, of all processes together.
+        seed: of the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self._lengths = lengths
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next; Accelerate's loaders call it."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        order = torch.randperm(len(self), generator=generator)
+        batches: list[tuple[int, ...]] = []
+        for pool in order.split(_POOL * self._batch_size):
+            ordered = torch.tensor(sorted(pool.tolist(), key=self._lengths.__getitem__))
+            batches += [tuple(batch.tolist()) for batch in ordered.split(self._batch_size)]
+        full = len(self) // self._batch_size  # an incomplete batch is the last of all
+        for place in [*torch.randperm(full, generator=generator).tolist(), full][: len(batches)]:
+            yield from batches[place]
+
+
+class _InOrder:
+    """A Trainer's examples come by `ByLength`."""
+
+    train_dataset: Any
+    args: Any
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(ids) for ids in dataset["input_ids"]]
+        return ByLength(lengths, self.args.train_batch_size, self.args.seed)
+
+
+class _Trainer(_InOrder, Trainer):
+    pass
+
+
+class _DistillationTrainer(_InOrder, DistillationTrainer):
+    pass
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the trainings of a run share.
+
+    Attributes:
+        recipe: with the settings.
+        splits: tokenized examples: "train", and "dev", by which the best checkpoint is chosen.
+        tokenizer: pads.
+        processes: those that train together.
+    """
+
+    recipe: Recipe
+    splits: Mapping[str, Dataset]
+    tokenizer: PreTrainedTokenizerBase
+    processes: Processes
+
+    def finetune(self, model: PreTrainedModel, checkpoints: Path) -> None:
+        """Teach a model the task, in place."""
+        settings = self.recipe.finetune
+        assert settings is not None
+        args = TrainingArguments(**self._arguments(settings, checkpoints))
+        self._train(model, _Trainer(model, args, **self._data()), settings)
+
+    def distil(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        layer_map: Sequence[int] | None,
+        checkpoints: Path,
+    ) -> None:
+        """Let the student learn from the teacher, in place."""
+        settings = self.recipe.distill
+        assert settings is not None
+        args = DistillationArguments(
+            **self._arguments(settings, checkpoints),
+            task_weight=settings.task_weight,
+            logits_weight=settings.logits_weight,
+            hidden_weight=settings.hidden_weight,
+            temperature=settings.temperature,
+        )
+        trainer = _DistillationTrainer(student, teacher, args, layer_map=layer_map, **self._data())
+        self._train(student, trainer, settings)
+
+    def _train(
+        self, model: PreTrainedModel, trainer: Trainer, settings: Finetune | Distill
+    ) -> None:
+        """Train, from the last checkpoint if there is one; the model is trainable after as before,
+        and in eval mode.
+        """
+        embeddings = model.get_input_embeddings().weight
+        embeddings.requires_grad_(not settings.freeze_embeddings)
+        output = trainer.args.output_dir
+        checkpoint = last_complete_checkpoint(output)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            embeddings.requires_grad_(True)
+            model.eval()
+        self.processes.gather()  # every process has read the best checkpoint
+        torch.nn.Module.to(model, "cpu")
+
+    def _data(self) -> dict[str, Any]:
+        """The Trainer's arguments about data."""
+        classify = self.recipe.task == "text-classification"
+        return {
+            "train_dataset": self.splits["train"],
+            "eval_dataset": self.splits["dev"],
+            "data_collator": DataCollatorWithPadding(self.tokenizer),
+            "compute_metrics": _accuracy if classify else None,
+        }
+
+    def _arguments(self, settings: Finetune | Distill, checkpoints: Path) -> dict[str, Any]:
+        """TrainingArguments that every training has; one checkpoint an epoch, the best by the dev
+        split at the end.
+
+        Raises:
+            RecipeError: the processes cannot share a batch evenly.
+        """
+        if settings.batch_size % self.processes.count:
+            raise RecipeError(
+                f"A batch of {settings.batch_size} examples cannot be shared by"
+                f" {self.processes.count} processes; set batch_size to a multiple of their number."
+            )
+        classify = self.recipe.task == "text-classification"
+        return {
+            "output_dir": str(checkpoints),
+            "num_train_epochs": settings.epochs,
+            "learning_rate": settings.learning_rate,
+            "weight_decay": settings.weight_decay,
+            "warmup_steps": settings.warmup,
+            "per_device_train_batch_size": settings.batch_size,
+            "per_device_eval_batch_size": settings.batch_size,
+            # A batch is one for all processes: the recipe says how many examples make a step.
+            "accelerator_config": {"split_batches": True},
+            "use_cpu": self.processes.cpu and self.processes.count > 1,
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "save_total_limit": 2,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "accuracy" if classify else "loss",
+            "logging_steps": 50,
+            "seed": self.recipe.seed,
+            "report_to": "none",
+            "dataloader_pin_memory": False,
+        }
+
+
+def _accuracy(prediction: Any) -> dict[str, float]:
+    """Accuracy on the dev split, by which the best checkpoint is chosen."""
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
