@@ -1,80 +1,157 @@
-"""What scoring costs: seconds of `hfprune.score` over seconds of a forward pass on the same
-batches.
+"""What scoring costs: time over that of a forward pass on the same batches, and memory over that of
+a forward pass which keeps its activations.
 
-    python benchmarks/scoring_cost.py [MODEL]
+    python benchmarks/scoring_cost.py .cache/minilm
+    python benchmarks/scoring_cost.py .cache/gemma3-270m --gguf-file gemma-3-270m-q4_k_m.gguf
 
-The limit is about 2: a forward and a backward pass over activations. Full weight gradients, as
-    Taylor scoring by weights
-needs them, stand beside it. The three take turns, so that a noisy machine slows them all; the
-ratios are medians.
+The limit in time is about 2: a forward pass and a backward pass over activations. Full weight
+gradients, as Taylor scoring by weights needs them, stand beside it. All take turns, so that a busy
+machine slows them all, and the ratios are medians. Memory is the rise of the process's high-water
+mark above the loaded model, each way in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 import hfprune
+from hfprune.importance.losses import Batch, labels_loss
+
+FORWARD, KEEPING = "forward", "forward, activations kept"
+
+
+def forward(model: PreTrainedModel, batches: list[Batch]) -> None:
+    """The lower bound is twice this."""
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+
+
+def forward_keeping_activations(model: PreTrainedModel, batches: list[Batch]) -> None:
+    """What training holds when its backward pass begins."""
+    for batch in batches:
+        loss = labels_loss(model, batch)
+        del loss
+
+
+def weight_gradients(model: PreTrainedModel, batches: list[Batch]) -> None:
+    """Scoring by weights: |w dL/dw| of every weight, summed over batches."""
+    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for batch in batches:
+        labels_loss(model, batch).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                sums[name] += (parameter.detach() * parameter.grad).abs_()
+        model.zero_grad()
+
+
+WAYS: dict[str, Callable[[PreTrainedModel, list[Batch]], object]] = {
+    FORWARD: forward,
+    KEEPING: forward_keeping_activations,
+    "hfprune.score, all criteria": hfprune.score,
+    "hfprune.score, fisher": lambda m, b: hfprune.score(m, b, ["fisher"]),
+    "hfprune.score, sampled labels": lambda m, b: hfprune.score(m, b, loss="sampled"),
+    "hfprune.score, checkpointing": lambda m, b: hfprune.score(m, b, checkpointing=True),
+    "full weight gradients": weight_gradients,
+}
 
 
 def main() -> None:
-    """Time the three and print their ratios."""
+    """Measure all ways and print their ratios; or, with --memory-of, the bytes of one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=".cache/minilm")
+    parser.add_argument("--gguf-file", help="a language model's weights in the model's folder")
     parser.add_argument("--examples", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
-    model = AutoModelForSequenceClassification.from_pretrained(arguments.model).eval()
-    batches = [
-        {
-            "input_ids": torch.randint(1000, model.config.vocab_size, (32, arguments.tokens)),
-            "attention_mask": torch.ones(32, arguments.tokens, dtype=torch.long),
-            "labels": torch.randint(2, (32,)),
-        }
-        for _ in range(max(1, arguments.examples // 32))
-    ]
-    ways: dict[str, Callable[[], object]] = {
-        "forward": lambda: forward(model, batches),
-        "hfprune.score, all criteria": lambda: hfprune.score(model, batches),
-        "forward and full weight gradients": lambda: weight_gradients(model, batches),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    model, batches = load(arguments)
+    if arguments.memory_of:
+        print(peak(WAYS[arguments.memory_of], model, batches))
+        return
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     for turn in range(arguments.rounds + 1):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
+        for name, way in WAYS.items():
+            start = time.process_time()
+            way(model, batches)
             if turn:  # the first turn warms up
-                seconds[name].append(time.perf_counter() - start)
-    table = Table("what", "median seconds", "over forward")
+                seconds[name].append(time.process_time() - start)
+    del model
+    gc.collect()
+    memory = {name: peak_elsewhere(name) for name in WAYS}
+    table = Table("what", "seconds", f"over {FORWARD}", "MB", f"over {KEEPING}")
     for name, values in seconds.items():
-        ratios = [a / b for a, b in zip(values, seconds["forward"], strict=True)]
-        table.add_row(name, f"{statistics.median(values):.2f}", f"{statistics.median(ratios):.2f}")
+        ratios = [a / b for a, b in zip(values, seconds[FORWARD], strict=True)]
+        table.add_row(
+            name,
+            f"{statistics.median(values):.2f}",
+            f"{statistics.median(ratios):.2f}",
+            f"{memory[name] / 1e6:.0f}",
+            f"{memory[name] / memory[KEEPING]:.2f}",
+        )
     Console().print(table)
 
 
-@torch.no_grad()
-def forward(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> None:
-    """A forward pass over the batches: the lower bound is twice this."""
-    for batch in batches:
-        model(**batch)
+def load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, list[Batch]]:
+    """The model in float32, and batches of random tokens with labels."""
+    torch.manual_seed(0)
+    kind = AutoModelForCausalLM if arguments.gguf_file else AutoModelForSequenceClassification
+    extra = {"gguf_file": arguments.gguf_file} if arguments.gguf_file else {}
+    model = kind.from_pretrained(arguments.model, dtype=torch.float32, **extra).eval()
+    if arguments.gguf_file:  # the weights are plain once they are loaded
+        vars(model).update(hf_quantizer=None, is_quantized=False)
+        del model.config.quantization_config
+    shape = (arguments.batch_size, arguments.tokens)
+    batches = []
+    for _ in range(max(1, arguments.examples // arguments.batch_size)):
+        ids = torch.randint(1000, model.config.vocab_size, shape)
+        labels = ids if arguments.gguf_file else torch.randint(2, shape[:1])
+        mask = torch.ones_like(ids)
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return model, batches
 
 
-def weight_gradients(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> None:
-    """What scoring by weight gradients costs: they are computed for every weight."""
-    for batch in batches:
-        model(**batch).loss.backward()
-        model.zero_grad()
+def peak_elsewhere(way: str) -> int:
+    """`peak` of one way in a fresh process with this one's arguments."""
+    command = [sys.executable, *sys.argv, "--memory-of", way]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return int(printed.splitlines()[-1])
+
+
+def peak(way: Callable[..., object], model: PreTrainedModel, batches: list[Batch]) -> int:
+    """Bytes by which the high-water mark of this process rises above the loaded model (Linux)."""
+    way(model, batches[:1])  # what is allocated once, by libraries, is not the way's own
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the mark falls to what is in use now
+    before = resident("VmRSS")
+    way(model, batches)
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    """Bytes of this process, now (VmRSS) or at most so far (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 if __name__ == "__main__":

@@ -226,26 +226,31 @@ class _Gathering:
         # Sums in bf16 would lose small terms.
         wide = torch.promote_types(activation.dtype, torch.float32)
         values = activation.to(wide)
-        shape = (*values.shape[:-1], group.units, group.columns)
-        product = (values * gradient.to(wide)).reshape(shape).sum(dim=-1)  # (batch, tokens, units)
-        per_example = product.sum(dim=1)
-        squares = (
-            product.square().sum(dim=1)
-            if is_token_level(self._model, self._batch)
-            else per_example.square()
-        )
+        product, units = values * gradient.to(wide), (group.units, group.columns)
+        if is_token_level(self._model, self._batch):
+            per_token = product.unflatten(-1, units).sum(-1) if group.columns > 1 else product
+            per_example = per_token.sum(dim=1)
+            squares = per_token.square_().sum(dim=1)
+        else:
+            per_example = product.sum(dim=1).unflatten(-1, units).sum(-1)  # tokens first: cheaper
+            squares = per_example.square()
+        del product
         if not torch.isfinite(squares).all():
-            raise DataError(f"The gate gradients of {group.name} are not finite.")
+            raise DataError(
+                f"The gate gradients of {group.name} are not finite in calibration batch"
+                f" {self._index}."
+            )
         mask = padding_mask(self._batch, values, is_decoder(self._model, group))
-        if mask is not None:
-            values = values * mask.unsqueeze(-1).to(wide)
+        real = values.new_ones(values.shape[:2]) if mask is None else mask.to(values)
+        # A product of matrices: no masked copy is made.
+        inputs = real.flatten() @ values.square().flatten(0, 1)
         self._add(self.absolute, group, self._halves(per_example.abs()))
         self._add(self.squared, group, self._halves(squares))
-        self._add(self.inputs, group, values.square().flatten(0, 1).sum(dim=0).reshape(shape[-2:]))
+        self._add(self.inputs, group, inputs.unflatten(0, units))
         if not self._counted:
             self._counted = True
             self.examples += len(per_example)
-            self.tokens += int(values.shape[0] * values.shape[1] if mask is None else mask.sum())
+            self.tokens += int(real.sum())
 
     def _halves(self, values: torch.Tensor) -> torch.Tensor:
         """(batch, units) -> (2, units): sums over every other example of the batch.

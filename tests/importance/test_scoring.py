@@ -299,7 +299,7 @@ def test_a_model_in_training_with_checkpointing_of_its_own():
         assert_same(
             score(model, [batch], checkpointing=checkpointing), plain, rtol=1e-6, atol=1e-12
         )
-    assert model.training and model.is_gradient_checkpointing
+    assert model.training and model.is_activation_checkpointing
 
 
 WORKER = """
