@@ -117,12 +117,13 @@ class Limit:
 
     def __str__(self) -> str:
         if self.absolute:
-            units = _UNITS[self.resource].items()
-            spellings = [f"{self.amount / scale:.12g}{unit}" for unit, scale in units]
+            large_first = sorted(_UNITS[self.resource].items(), key=lambda pair: -pair[1])
+            numbers = [(f"{self.amount / scale:.12g}", unit) for unit, scale in large_first]
+            numbers.sort(key=lambda pair: (pair[0][:2] == "0.", _digits(pair[0])))
             # The shortest that is read back as this limit; the last resort always is.
             base = f"{self.amount!r}s" if self.resource == "latency" else ""
             base = base or f"{self.amount / 1e3!r}K{'B' * (self.resource == 'memory')}"
-            texts = [*sorted(spellings, key=len), base]
+            texts = [*map("".join, numbers), base]
         else:
             texts = [f"{self.amount * 100:g}%", repr(self.amount)]
         at = f"@{self.shape[0]}x{self.shape[1]}" if self.shape else ""
@@ -161,6 +162,11 @@ class Budget:
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.limits))
+
+
+def _digits(number: str) -> int:
+    """How many digits of a number say something."""
+    return len(number.replace(".", "").strip("0"))
 
 
 def _unreadable(text: str) -> BudgetError:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hfprune.errors import HfpruneError
+from transformers import PreTrainedModel
+
 from hfprune.planning.budget import Limit
 from hfprune.structure.anatomy import Anatomy, Group
 from hfprune.structure.cost import (
@@ -15,6 +16,7 @@ from hfprune.structure.cost import (
     layers_macs,
     layers_params,
 )
+from hfprune.structure.memory import Memory
 
 
 @dataclass(frozen=True)
@@ -30,23 +32,24 @@ class Meter:
     of_all: Callable[[Selection], int]
 
 
-def macs_meter(anatomy: Anatomy, tokens: int) -> Meter:
-    """MACs of the layers for one example."""
-    return Meter(
-        lambda group, units, kv: group_macs(group, units, kv, tokens),
-        lambda keep: layers_macs(anatomy, tokens, keep),
-    )
+def meter(limit: Limit, model: PreTrainedModel, anatomy: Anatomy, tokens: int) -> Meter:
+    """What counts the resource of a limit.
 
+    Args:
+        limit: of a budget.
+        model: whose weights and cache take memory.
+        anatomy: of the model.
+        tokens: length of an example, where the limit does not say it.
 
-def params_meter(anatomy: Anatomy) -> Meter:
-    """Parameters of the layers."""
-    return Meter(group_params, lambda keep: layers_params(anatomy, keep))
-
-
-def meter(limit: Limit, anatomy: Anatomy, tokens: int) -> Meter:
-    """What counts the resource of a limit."""
+    Raises:
+        UnsupportedModelError: memory of a model whose weights are not all of one size.
+    """
     if limit.resource == "macs":
-        return macs_meter(anatomy, tokens)
+        return Meter(
+            lambda group, units, kv: group_macs(group, units, kv, tokens),
+            lambda keep: layers_macs(anatomy, tokens, keep),
+        )
     if limit.resource == "params":
-        return params_meter(anatomy)
-    raise HfpruneError(f"{limit} cannot be counted.")
+        return Meter(group_params, lambda keep: layers_params(anatomy, keep))
+    memory = Memory.of(model, *(limit.shape or (1, tokens)))
+    return Meter(memory.of_group, memory.of_all)

@@ -43,7 +43,9 @@ def plan(
         scores: from `hfprune.score`.
         budget: "macs=50%" or "params=0.6", the share of the layers' cost to keep; or several such
             limits, "macs=50%, params=60%". No limit is exceeded, and the spending is within the
-            constraints' tolerance below one of them.
+            constraints' tolerance below one of them. "memory=400MB@1x128" and
+            "memory=60%@1x128" limit the bytes of the whole model's weights and of its key-value
+            cache, of 1 example of 128 tokens here; without an @, of one example of `tokens`.
         criterion: by which importance.
         constraints: floors, granularity, and what must stay; by default one head and one neuron per
             layer at least.
@@ -75,7 +77,7 @@ def plan(
         anatomy,
         importance,
         asked,
-        [meter(limit, anatomy, tokens) for limit in asked.limits],
+        [meter(limit, model, anatomy, tokens) for limit in asked.limits],
         criterion=criterion,
         constraints=constraints,
         tokens=tokens,

@@ -32,7 +32,7 @@ def share_of(resource, share):
 
 
 def solved(anatomy, importance, budget, constraints):
-    meters = [meter(limit, anatomy, TOKENS) for limit in budget.limits]
+    meters = [meter(limit, None, anatomy, TOKENS) for limit in budget.limits]
     return solve(
         anatomy,
         importance,
@@ -261,6 +261,51 @@ def test_amounts_are_limits_too():
         plan(model, scored(model), "params=1K, macs=50%")
     nearest = re.search(r"the least is (params=[\d.]+K)\.", str(caught.value)).group(1)
     plan(model, scored(model), nearest)
+
+
+@pytest.mark.parametrize("text", ["memory=70%", "memory=75%@4x40", "memory=80KB@2x30"])
+def test_a_memory_budget_is_met_by_what_the_real_model_holds(text):
+    model = tiny.model("llama")
+    made = plan(model, scored(model), text)
+    (limit,), (spent,) = made.budget.limits, made.spending
+    batch, tokens = limit.shape or (1, TOKENS)
+
+    def held(model):
+        ids = torch.full((batch, tokens), 3)
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        return sum(t.numel() * t.element_size() for t in (*model.parameters(), *tensors))
+
+    assert spent.dense == held(model)
+    assert spent.kept == held(remove(model, made))
+    allowed = limit.amount if limit.absolute else limit.amount * spent.dense
+    assert 0.99 * allowed <= spent.kept <= allowed + 1
+    assert f"{limit}: {spent.dense / 1000:.4g} KB -> {spent.kept / 1000:.4g} KB" in made.explain()
+    assert PruningPlan.from_dict(made.to_dict()) == made
+
+
+def test_memory_that_the_embeddings_alone_exceed_names_the_nearest():
+    model = tiny.model("llama")
+    outside = 4 * Anatomy.of(model).outside_params
+    with pytest.raises(BudgetError, match="No structure") as caught:
+        plan(model, scored(model), f"memory={outside}B")
+    nearest = re.search(r"the least is (memory=[\d.]+KB)\.", str(caught.value)).group(1)
+    made = plan(model, scored(model), nearest)
+    assert outside < made.spending[0].kept
+
+
+def test_a_longer_cache_costs_more_heads():
+    model = tiny.model("llama")
+    coarse = Constraints(tolerance=0.05)
+    long, short = (
+        plan(model, scored(model), f"memory=70%@{shape}", constraints=coarse)
+        for shape in ("8x500", "1x1")
+    )
+    heads = [
+        sum(len(g.kv_of(p.keep[g.name])) for g in p.anatomy if g.kind == "head")
+        for p in (long, short)
+    ]
+    assert heads[0] < heads[1]
 
 
 def test_a_budget_that_no_structure_meets_names_the_nearest():
