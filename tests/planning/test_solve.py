@@ -294,20 +294,6 @@ def test_memory_that_the_embeddings_alone_exceed_names_the_nearest():
     assert outside < made.spending[0].kept
 
 
-def test_a_longer_cache_costs_more_heads():
-    model = tiny.model("llama")
-    coarse = Constraints(tolerance=0.05)
-    long, short = (
-        plan(model, scored(model), f"memory=70%@{shape}", constraints=coarse)
-        for shape in ("8x500", "1x1")
-    )
-    heads = [
-        sum(len(g.kv_of(p.keep[g.name])) for g in p.anatomy if g.kind == "head")
-        for p in (long, short)
-    ]
-    assert heads[0] < heads[1]
-
-
 def test_a_budget_that_no_structure_meets_names_the_nearest():
     model = tiny.model("llama")
     with pytest.raises(
