@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hfprune.planning.plan import PruningPlan
     from hfprune.planning.solve import Constraints, plan
     from hfprune.pruning import inspect, preview, prune, remove
+    from hfprune.publishing.hub import publish
     from hfprune.recipe import Recipe
     from hfprune.recovery.compensation import compensate
     from hfprune.recovery.distillation import (
@@ -50,6 +51,7 @@ _HOMES = {
     "plan": "planning.solve",
     "preview": "pruning",
     "prune": "pruning",
+    "publish": "publishing.hub",
     "register": "structure.architectures",
     "remove": "pruning",
     "run": "pipeline",
@@ -76,6 +78,7 @@ __all__ = [
     "plan",
     "preview",
     "prune",
+    "publish",
     "register",
     "remove",
     "run",

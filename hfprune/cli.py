@@ -111,6 +111,54 @@ def remove(
 
 
 @app.command()
+def push(
+    source: Annotated[Path, typer.Argument(help="Folder of a run, or of a pruned model.")],
+    repo: Annotated[str, typer.Argument(help="Where on the Hub: owner/name.")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a new repository.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch; made if not there.")] = None,
+    create_pr: Annotated[bool, typer.Option(help="Propose it as a pull request.")] = False,
+    parent: Annotated[
+        str | None, typer.Option(help="Commit to publish on top of, though others made it.")
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="Such as apache-2.0; by default the base model's.")
+    ] = None,
+    dry_run: Annotated[
+        Path | None, typer.Option(help="Only write what would be uploaded to this folder.")
+    ] = None,
+    rehearse: Annotated[
+        bool, typer.Option(help="Push to a Hub on this machine instead, and download back.")
+    ] = False,
+) -> None:
+    """Publish a run's or a pruned model on the Hub; download it again and compare."""
+    if rehearse:
+        from hfprune.publishing.rehearsal import rehearse_push
+
+        status = rehearse_push([a for a in sys.argv[1:] if a != "--rehearse"], source, repo)
+        raise SystemExit(status)
+    from hfprune.publishing.hub import publish
+
+    _quiet_loading()
+    done = publish(
+        source,
+        repo,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        parent_commit=parent,
+        license=license,
+        dry_run=dry_run,
+        say=typer.echo,
+    )
+    if done.commit is None:
+        typer.echo(f"What would be uploaded is in {done.url}: {len(done.files)} files.")
+    else:
+        typer.echo(f"Published and verified: {done.repo_id} ({done.revision}), {done.url}")
+
+
+@app.command()
 def check(recipe: RecipeFile) -> None:
     """Check a recipe whole, without loading anything."""
     from hfprune.recipe import Recipe

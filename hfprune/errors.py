@@ -30,6 +30,10 @@ class CheckpointError(HfpruneError):
     """A pruned checkpoint is damaged, hostile, from a newer version, or did not come back equal."""
 
 
+class PublishError(HfpruneError):
+    """A model cannot be published, or what was published did not come back equal."""
+
+
 def unknown(what: str, given: str, allowed: Iterable[str]) -> str:
     """Sentence for an unknown name: what was given, the nearest name, and all that are allowed."""
     names = sorted(allowed)

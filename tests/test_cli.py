@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import saved
 import tiny
 import yaml
 from test_data import sentences, tiny_tokenizer, write
@@ -15,7 +16,7 @@ from hfprune.importance.scoring import score
 from hfprune.planning.plan import PruningPlan
 from hfprune.structure.checkpoint import from_pretrained
 
-COMMANDS = {"run", "inspect", "score", "plan", "remove", "check"}
+COMMANDS = {"run", "inspect", "score", "plan", "remove", "push", "check"}
 
 
 def hfprune(monkeypatch, capsys, *arguments):
@@ -127,6 +128,32 @@ def test_score_plan_and_remove(run, recipe, model, tmp_path):
     assert status == 2 and "cannot hold fewer heads" in err
     status, _, err = run("plan", model, scores, "macs=60%", "--experts", 2)
     assert status == 2 and "has no routed experts" in err
+
+
+def test_push_says_what_it_would_upload(run, tmp_path):
+    small, dry = saved.save(tmp_path / "small"), tmp_path / "dry"
+    status, out, _ = run("push", small, "me/small", "--dry-run", dry, "--license", "mit")
+    assert status == 0 and "6 files" in out
+    assert "license: mit" in (dry / "README.md").read_text()
+    assert from_pretrained(dry).config.hfprune == from_pretrained(small).config.hfprune
+    status, _, err = run("push", small, "me/small")  # the tests are offline
+    assert status == 2 and "HF_HUB_OFFLINE" in err
+    status, _, err = run("push", tmp_path / "nothing", "me/small")
+    assert status == 2 and one_line(err)
+
+
+@pytest.mark.slow
+def test_a_rehearsal_pushes_and_downloads_again(tmp_path):
+    small = saved.save(tmp_path / "small")
+    before = sorted(small.iterdir())
+    command = [str(Path(sys.executable).with_name("hfprune")), "push", str(small), "me/small"]
+    options = ["--rehearse", "--revision", "macs-50", "--private"]
+    ended = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    for text in ("A rehearsal", "by hfprune.from_pretrained", "by trust_remote_code", "macs-50"):
+        assert text in ended.stdout
+    assert "hf_" not in ended.stdout + ended.stderr
+    assert sorted(small.iterdir()) == before
 
 
 def one_line(err):

@@ -5,12 +5,18 @@ and downloads from it, over plain HTTP. It can be told to fail at any request, a
 from __future__ import annotations
 
 import json
+import os
+import secrets
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from hfprune.publishing.parcel import RECORD
 from hfprune.publishing.rehearsal_api import Answer, Store, User, respond
 
 Failure = int | Literal["close", "lose", "cut", "hang"]
@@ -63,11 +69,55 @@ class Hub(Store):
             return how, self._released
 
 
+def rehearse_push(arguments: Sequence[str], source: Path, repo_id: str) -> int:
+    """Run a push of the command line against a Hub on loopback, in a process of its own.
+
+    That process has a token, a cache and an address that are good for nothing else. What the
+    source's folder remembers of real publications stays as it was.
+
+    Args:
+        arguments: of the `hfprune` command.
+        source: the folder that is pushed.
+        repo_id: where to.
+
+    Returns:
+        The exit status of the process.
+    """
+    token = f"hf_{secrets.token_hex(20)}"
+    owner = repo_id.rpartition("/")[0] or "rehearsal"
+    known = source / RECORD
+    before = known.read_bytes() if known.is_file() else None
+    with (
+        TemporaryDirectory(prefix="hfprune-rehearsal-") as folder,
+        Hub(Path(folder, "hub"), {token: User(owner)}) as hub,
+    ):
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_TOKEN": token,
+            "HF_HOME": folder,
+            "HF_HUB_CACHE": str(Path(folder, "cache")),
+            "HF_HUB_OFFLINE": "0",
+            "TRANSFORMERS_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        print(f"A rehearsal: {hub.endpoint} on this machine stands for the Hub.", flush=True)
+        command = [sys.executable, "-c", "from hfprune.cli import main; main()", *arguments]
+        try:
+            return subprocess.run(command, env=environment, check=False).returncode
+        finally:
+            if before is not None:
+                known.write_bytes(before)
+            else:
+                known.unlink(missing_ok=True)
+
+
 class _Handler(BaseHTTPRequestHandler):
     """Reads a request, lets it fail if it is to, and answers."""
 
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else every answer waits 40 ms for the client's word
 
     def log_message(self, *_: Any) -> None:
         """Say nothing: the log of the hub is enough."""

@@ -32,7 +32,8 @@ from transformers.pytorch_utils import Conv1D
 KEY = "hfprune"
 VERSION = 1
 EMPTY = "_hfprune_empty"
-NOT_STRUCTURE = ("training", "gradient_checkpointing", "layer_idx", "in_features", "out_features")
+NUMBERS = ("layer_idx", "layer_id")  # under which a layer knows its place
+NOT_STRUCTURE = ("training", "gradient_checkpointing", *NUMBERS, "in_features", "out_features")
 STACKS = ("encoder", "decoder", "text_model", "vision_model")  # a model may have only one of these
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,8 @@ def no_heads(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor
     if cache is not None and not cross:
         batch, tokens = hidden_states.shape[:2]
         placeholder = hidden_states.new_zeros(batch, 1, tokens, 1)
-        cache.update(placeholder, placeholder, int(module.layer_idx))  # type: ignore[arg-type]
+        number = next(vars(module)[name] for name in NUMBERS if name in vars(module))
+        cache.update(placeholder, placeholder, number)
     outlet = next(iter(module.children()), None)
     if outlet is not None:
         output = outlet(output)
@@ -348,6 +350,13 @@ class Pruned:
             reloaded = type(self).from_pretrained(save_directory, attn_implementation=kernel)  # type: ignore[attr-defined]
             compare(self, reloaded)  # type: ignore[arg-type]
             logger.info("Reloaded %s: all tensors and probe outputs are equal", save_directory)
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """Upload as the stock method does; `save_pretrained(push_to_hub=True)` calls it inside the
+        stock save, when what this class adds to config.json is not there yet.
+        """
+        write_per_layer_config(Path(working_dir) / "config.json")
+        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
 
 
 def write_per_layer_config(path: Path) -> None:

@@ -1,0 +1,342 @@
+"""The model card: metadata that the Hub reads, and a page that a person reads in a minute.
+
+What hfprune writes stands between two markers and is replaced at every publication; what a person
+writes around them stays. What was not measured is not printed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfprune.publishing.parcel import SHIM, Parcel
+from hfprune.structure.modeling_hfprune import KEY
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+    from jinja2 import Template
+
+    from hfprune.publishing.report import Report, Variant
+
+BEGIN = "<!-- hfprune: what stands between these two marks is written anew when published -->"
+END = "<!-- /hfprune -->"
+
+# The Hub knows finetune, adapter, merge and quantized. A pruned model has new weights of the base's
+# kind, which is the first of them; the tags say that it was pruned.
+RELATION = "finetune"
+TAGS = ("hfprune", "pruned", "structured-pruning")
+_ALWAYS_ANEW = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "model-index")
+_TASKS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForImageClassification": "image-classification",
+    "ForCTC": "automatic-speech-recognition",
+}
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """What a card takes over from the base model's.
+
+    Attributes:
+        metadata: license, license_name, license_link, language and datasets, as far as known.
+        restricted: "gated" or "private" if not everybody gets the base model, else "".
+    """
+
+    metadata: Mapping[str, Any]
+    restricted: str = ""
+
+
+def base_of(parcel: Parcel) -> tuple[str, str | None] | None:
+    """Hub id and revision of the dense model; None if it did not come from the Hub."""
+    base = parcel.config[KEY].get("base")
+    if base:
+        return base["id"], base["revision"]
+    named = str(parcel.recipe.get("model", ""))
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", named) and not Path(named).exists():
+        return named, parcel.recipe.get("revision")
+    return None
+
+
+def task_of(parcel: Parcel) -> str | None:
+    """The Hub's name for what the model does; None where its class does not say."""
+    (cls, *_) = parcel.config.get("architectures") or [""]
+    return next((task for ending, task in _TASKS.items() if cls.endswith(ending)), None)
+
+
+def card(
+    parcel: Parcel,
+    repo_id: str,
+    revision: str | None = None,
+    inherited: Inherited | None = None,
+    previous: str = "",
+    license: str | None = None,
+) -> str:
+    """The text of README.md.
+
+    Args:
+        parcel: what is published.
+        repo_id: where.
+        revision: branch; None for the main one.
+        inherited: from the base model's card.
+        previous: the card that is there: what people wrote in it stays, and so does metadata that
+            hfprune does not write.
+        license: of the pruned model; None for the base model's, or what the previous card says.
+    """
+    from huggingface_hub import ModelCard
+
+    old = ModelCard(previous, ignore_metadata_errors=True) if previous.strip() else None
+    before = old.data.to_dict() if old else {}
+    data = _metadata(parcel, repo_id, inherited, before, license)
+    made = f"{BEGIN}\n\n{_page(parcel, repo_id, revision)}\n{END}"
+    text = _around(old.text if old else "", made)
+    return f"---\n{data}\n---\n\n{text.strip()}\n"
+
+
+def _around(old: str, made: str) -> str:
+    """The old text with the part that hfprune wrote replaced; at its top if it has none."""
+    if BEGIN in old and END in old.partition(BEGIN)[2]:
+        above, _, rest = old.partition(BEGIN)
+        return above + made + rest.partition(END)[2]
+    return f"{made}\n\n{old.strip()}"
+
+
+def _metadata(
+    parcel: Parcel,
+    repo_id: str,
+    inherited: Inherited | None,
+    before: Mapping[str, Any],
+    license: str | None,
+) -> str:
+    """The metadata as YAML."""
+    from huggingface_hub import ModelCardData
+
+    kept = {key: value for key, value in before.items() if key not in _ALWAYS_ANEW}
+    taken = dict(inherited.metadata) if inherited else {}
+    dataset = parcel.recipe.get("data", {}).get("dataset")
+    if dataset:
+        taken["datasets"] = list(dict.fromkeys([*_listed(taken.get("datasets")), dataset]))
+    values = {**taken, **kept}
+    if license:
+        values = {k: v for k, v in values.items() if not k.startswith("license")}
+        values["license"] = license
+    values["tags"] = [*TAGS, *(t for t in _listed(kept.get("tags")) if t not in TAGS)]
+    values |= {"library_name": "transformers", "pipeline_tag": task_of(parcel)}
+    base = base_of(parcel)
+    if base:
+        values |= {"base_model": base[0], "base_model_relation": RELATION}
+    results = _results(parcel)
+    if results:
+        values |= {"model_name": repo_id.split("/")[-1], "eval_results": results}
+    return ModelCardData(**values).to_yaml()
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value] if value else []
+
+
+def _results(parcel: Parcel) -> list[EvalResult]:
+    """What was measured on the test split, for model-index."""
+    from huggingface_hub import EvalResult
+
+    measured, data = _variant(parcel), parcel.recipe.get("data")
+    task = task_of(parcel)
+    if measured is None or not data or not task:
+        return []
+    named = data.get("dataset") or Path(data["test"]).name
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=data.get("dataset") or "custom",
+            dataset_name=named,
+            dataset_config=data.get("config"),
+            dataset_split=data["test"] if data.get("dataset") else "test",
+            dataset_revision=data.get("revision"),
+            metric_type=measured.quality.metric,
+            metric_value=round(measured.quality.value, 6),
+        )
+    ]
+
+
+def _variant(parcel: Parcel) -> Variant | None:
+    """The published model in the report."""
+    found = parcel.report.variants if parcel.report else ()
+    return next((v for v in found if v.name == parcel.name), None)
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("hfprune.publishing"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+    ).get_template("card.md.jinja")
+
+
+def _page(parcel: Parcel, repo_id: str, revision: str | None) -> str:
+    """The part of the page that hfprune writes."""
+    report = parcel.report if _variant(parcel) else None
+    base = base_of(parcel)
+    text = _template().render(
+        title=repo_id.split("/")[-1],
+        summary=_summary(parcel),
+        picture=parcel.picture,
+        table=_table(report, parcel.name) if report else "",
+        caption=report.caption() if report else "",
+        sizes="" if report else _sizes(parcel),
+        repo_id=repo_id,
+        revision_argument=f', revision="{revision}"' if revision not in (None, "main") else "",
+        stock=parcel.is_stock,
+        shim=SHIM,
+        auto_class=_auto_class(parcel),
+        has_tokenizer="tokenizer_config.json" in parcel.files,
+        made=_made(parcel),
+        lineage=parcel.config[KEY].get("lineage", []),
+        limits=_limits(parcel),
+        version=version("hfprune"),
+        base=base[0] if base else None,
+    )
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _summary(parcel: Parcel) -> str:
+    base, plan = base_of(parcel), parcel.plan
+    lineage = parcel.config[KEY].get("lineage", [])
+    source = f"[{base[0]}](https://huggingface.co/{base[0]})" if base else "A dense model"
+    done = f"{source}, pruned by hfprune: whole {_units(parcel)} are removed"
+    if plan is not None:
+        macs, params = plan.macs_share, plan.params_share
+    elif len(lineage) == 1:
+        macs, params = lineage[0]["macs_share"], lineage[0]["params_share"]
+    else:
+        return f"{done}, in {len(lineage)} steps." if lineage else f"{done}."
+    return f"{done}. Its layers keep {macs:.0%} of the MACs and {params:.0%} of the parameters."
+
+
+def _units(parcel: Parcel) -> str:
+    """What was removed, by kind, as "attention heads (72 to 35) and FFN neurons (...)"."""
+    plan = parcel.plan
+    if plan is None:
+        return "attention heads and FFN neurons"
+    parts = []
+    for kind, name in (("head", "attention heads"), ("neuron", "FFN neurons")):
+        groups = [group for group in plan.anatomy if group.kind == kind]
+        before = sum(group.units for group in groups)
+        after = sum(len(plan.keep[group.name]) for group in groups)
+        if after < before:
+            parts.append(f"{name} ({before:,} to {after:,})")
+    parts += [f"layers ({len(gone)} of {name})" for name, gone in plan.dropped.items()]
+    return " and ".join(parts) or "units"
+
+
+def _table(report: Report, name: str) -> str:
+    """Dense and published side by side, one row a figure: narrow enough for a phone."""
+    header, *rows = report.cells()
+    names = [variant.name for variant in report.variants]
+    dense, pruned = rows[0], rows[names.index(name)]
+    lines = ["| | dense | pruned |", "|---|---:|---:|"]
+    for what, before, after in list(zip(header, dense, pruned, strict=True))[1:]:
+        lines.append(f"| {what} | {before} | {after} |")
+    return "\n".join(lines)
+
+
+def _sizes(parcel: Parcel) -> str:
+    """Parameters and bytes of the weights, read from the files."""
+    from safetensors import safe_open
+
+    weights = [
+        file
+        for name, file in parcel.files.items()
+        if name.endswith(".safetensors") and isinstance(file, Path)
+    ]
+    count = 0
+    for file in weights:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  it is no mapping
+                size = 1
+                for side in tensors.get_slice(name).get_shape():
+                    size *= side
+                count += size
+    size = sum(file.stat().st_size for file in weights)
+    return f"{count / 1e6:,.2f} M parameters, {size / 1e6:,.1f} MB of weights."
+
+
+def _auto_class(parcel: Parcel) -> str:
+    """The auto class to load the model by; of a stock model, its own class."""
+    (cls, *_) = parcel.config.get("architectures") or ["AutoModel"]
+    found = parcel.config.get("auto_map", {})
+    return next((auto for auto, path in found.items() if path.endswith(f".{cls}")), cls)
+
+
+def _made(parcel: Parcel) -> list[str]:
+    """How the model came about, a line a step."""
+    recipe, base = parcel.recipe, base_of(parcel)
+    lines = []
+    if base:
+        at = f" at `{base[1]}`" if base[1] else ""
+        lines.append(f"Base: [{base[0]}](https://huggingface.co/{base[0]}){at}.")
+    if not recipe:
+        return [*lines, "Pruned and saved with hfprune; no recipe was kept."]
+    data, prune, distill = recipe["data"], recipe["prune"], recipe.get("distill")
+    source = data.get("dataset") or ", ".join(data[s] for s in ("train", "dev", "test"))
+    lines.append(f"Data: {source}, {data['max_length']} tokens at most.")
+    if recipe.get("finetune"):
+        lines.append(f"The dense model was fine-tuned first: {_training(recipe['finetune'])}.")
+    lines.append(
+        f"Units were scored by `{prune['criterion']}` on {recipe['score']['examples']:,} examples"
+        " of the training split, and chosen under the budget below."
+    )
+    if prune.get("compensate"):
+        lines.append("The weights that stay were refitted by least squares on the same examples.")
+    if distill:
+        lines.append(f"It was distilled from the dense model: {_training(distill)}.")
+    machine = parcel.report.machine if parcel.report else {}
+    versions = ", ".join(f"{name} {value}" for name, value in machine.items())
+    lines.append(f"Seed {recipe['seed']}. {versions}.".replace(" .", ""))
+    return [*lines, "`recipe.yaml` holds every setting: `hfprune run recipe.yaml` does it again."]
+
+
+def _training(settings: Mapping[str, Any]) -> str:
+    return (
+        f"{settings['epochs']:g} epochs, batches of {settings['batch_size']}, learning rate"
+        f" {settings['learning_rate']:g}"
+    )
+
+
+def _limits(parcel: Parcel) -> list[str]:
+    lines = []
+    measured = _variant(parcel)
+    if measured is None:
+        lines.append("Its quality was not measured. Judge it on data of the kind you will serve.")
+    else:
+        lines.append(
+            f"Quality was measured on {measured.quality.examples:,} examples of one data set."
+            " Pruning for one task costs quality on others: judge on data of the kind you will"
+            " serve."
+        )
+        difference = measured.difference
+        if difference and difference.low <= 0 <= difference.high:
+            lines.append(
+                "The difference to the dense model is within chance on these examples; that is no"
+                " proof that there is none."
+            )
+        lines.append("Latency was measured on the machine above; on another one it differs.")
+    if not parcel.is_stock:
+        lines.append(
+            "Its layers have other shapes than the stock model's: transformers refuses it without"
+            " `trust_remote_code=True`, and tools that rebuild the stock model cannot load it."
+        )
+    return [*lines, "It shares the base model's biases and its license's conditions."]

@@ -1,0 +1,253 @@
+"""The exact files that are published: weights, structure, tokenizer, plan, recipe and report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel
+
+from hfprune.errors import PublishError
+from hfprune.planning.plan import PruningPlan
+from hfprune.publishing.report import Report
+from hfprune.publishing.secrets import refuse_secrets
+from hfprune.structure.modeling_hfprune import KEY
+
+RECORD = "published.json"
+"""In the folder that was published: {repository: {revision: commit}}."""
+
+SHIM = "modeling_hfprune.py"
+CARD = "README.md"
+_MODEL = {".safetensors", ".json", ".jinja", ".txt", ".model", ".spm", ".codes", ".tiktoken"}
+_NOT_MODEL = {RECORD, "trainer_state.json"}
+_BESIDE = ("plan.json", "kept.png")
+_OF_RUN = ("report.json", "report.md", "report.html", "figures/*.png", "figures/*.svg")
+_READABLE = 1_000_000  # text files up to this many bytes are looked through for secrets
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What is published, and what its card is made from.
+
+    Attributes:
+        model: the folder of the model.
+        files: {path in the repository: a file, or its content}, all but the card.
+        left_out: files of the folder that are not published.
+        config: of the model, as in config.json.
+        recipe: of the run, as in its recipe.yaml; {} without a run.
+        plan: by which it was pruned last; None where it is not there.
+        report: of the run; None without one.
+        name: of the model among the report's variants.
+    """
+
+    model: Path
+    files: Mapping[str, Path | bytes]
+    left_out: tuple[str, ...]
+    config: Mapping[str, Any]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    plan: PruningPlan | None = None
+    report: Report | None = None
+    name: str = ""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(
+            len(file) if isinstance(file, bytes) else file.stat().st_size
+            for file in self.files.values()
+        )
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether plain transformers loads the model."""
+        return not self.config[KEY]["modules"]
+
+    @property
+    def picture(self) -> str | None:
+        """The picture of what stays."""
+        return "kept.png" if "kept.png" in self.files else None
+
+
+@contextmanager
+def packed(source: PreTrainedModel | str | os.PathLike[str], processor: Any) -> Iterator[Parcel]:
+    """The parcel of a model in memory, of a saved model's folder, or of a run's.
+
+    Args:
+        source: what is published.
+        processor: a tokenizer or processor to save beside a model in memory; None for none.
+
+    Raises:
+        PublishError: no pruned model there, a run that is not finished, or a tokenizer for a folder
+            that has its own.
+        HfpruneError: a file holds what looks like a secret.
+    """
+    if isinstance(source, PreTrainedModel):
+        if not hasattr(source.config, KEY):
+            raise PublishError(_not_pruned(f"This {type(source).__name__}"))
+        with TemporaryDirectory(prefix="hfprune-publish-") as temporary:
+            for part in (source, processor):
+                if part is not None:
+                    part.save_pretrained(temporary)
+            saved = Path(temporary)
+            yield _parcel_of(saved, saved, saved)
+        return
+    if processor is not None:
+        raise PublishError("A folder is published with its own tokenizer; give none.")
+    folder = Path(source)
+    if not folder.is_dir():
+        raise PublishError(f"There is no folder {folder}; give the folder of a run or a model.")
+    if (folder / "steps.json").is_file():
+        name = _result_of(folder)
+        yield _parcel_of(folder / name, (folder / name).parent, folder, name)
+    else:
+        yield _parcel_of(folder, folder, folder)
+
+
+def _result_of(run: Path) -> str:
+    """The name of a run's last model, which was reloaded and compared."""
+    missing = [name for name in ("reloaded.json", "report.json") if not (run / name).is_file()]
+    if missing:
+        raise PublishError(
+            f"The run in {run} is not finished: it has no {' and no '.join(missing)}. Go on with"
+            " `hfprune run`, or give the folder of one of its models."
+        )
+    return str(json.loads((run / "reloaded.json").read_text())["model"])
+
+
+def _parcel_of(model: Path, beside: Path, run: Path, name: str = "") -> Parcel:
+    """The parcel of a model's folder.
+
+    Args:
+        model: the folder.
+        beside: where its plan and picture lie.
+        run: where recipe and report lie.
+        name: of the model in the report.
+    """
+    config = _config_of(model)
+    files: dict[str, Path | bytes] = {}
+    left_out = []
+    for path in sorted(p for p in model.rglob("*") if p.is_file()):
+        inside = path.relative_to(model).as_posix()
+        if _belongs(inside):
+            files[inside] = path
+        elif inside not in (CARD, RECORD):
+            left_out.append(inside)
+    if not any(inside.endswith(".safetensors") for inside in files):
+        raise PublishError(f"{model} has no weights in safetensors files.")
+    for place, patterns in ((beside, _BESIDE), (run, _OF_RUN)):
+        for path in sorted(p for pattern in patterns for p in place.glob(pattern)):
+            files[path.relative_to(place).as_posix()] = path
+    recipe = {}
+    with suppress(FileNotFoundError):
+        recipe = _without_places(yaml.safe_load((run / "recipe.yaml").read_text()))
+        files["recipe.yaml"] = yaml.safe_dump(recipe, sort_keys=False).encode()
+    _look_through(files, recipe)
+    plan, report = beside / "plan.json", run / "report.json"
+    return Parcel(
+        model=model,
+        files=files,
+        left_out=tuple(left_out),
+        config=config,
+        recipe=recipe,
+        plan=PruningPlan.load(plan) if plan.is_file() else None,
+        report=Report.from_dict(json.loads(report.read_text())) if report.is_file() else None,
+        name=name,
+    )
+
+
+def _belongs(name: str) -> bool:
+    """Whether a file of a model's folder is part of the model: no pickles, no hidden files."""
+    path = Path(name)
+    if any(part.startswith(".") for part in path.parts) or name in _NOT_MODEL:
+        return False
+    return name == SHIM or path.suffix in _MODEL
+
+
+def _config_of(model: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PublishError(f"{model} is no model: its config.json cannot be read.") from error
+    if KEY not in config:
+        raise PublishError(_not_pruned(f"The model in {model}"))
+    return dict(config)
+
+
+def _not_pruned(what: str) -> str:
+    return (
+        f"{what} was not pruned by hfprune: its config has no {KEY!r}. Publish it by its own"
+        " push_to_hub."
+    )
+
+
+def _without_places(values: Any) -> Any:
+    """A recipe whose absolute paths, which mean nothing elsewhere, are cut to their last part."""
+    if isinstance(values, dict):
+        return {key: _without_places(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_without_places(value) for value in values]
+    if isinstance(values, str) and (values.startswith("~") or os.path.isabs(values)):
+        return Path(values).name
+    return values
+
+
+def _look_through(files: Mapping[str, Path | bytes], recipe: Any) -> None:
+    refuse_secrets(recipe, "recipe.yaml")
+    for name, file in files.items():
+        if Path(name).suffix in (".safetensors", ".png"):
+            continue
+        if isinstance(file, Path) and file.stat().st_size > _READABLE:
+            continue  # a vocabulary
+        content = file if isinstance(file, bytes) else file.read_bytes()
+        refuse_secrets(content.decode("utf-8", "replace"), name)
+
+
+def write_out(files: Mapping[str, Path | bytes], folder: Path) -> None:
+    """Write a parcel's files as a folder, under a temporary name and then renamed.
+
+    Raises:
+        PublishError: the folder exists.
+    """
+    if folder.exists():
+        raise PublishError(f"{folder} exists; choose a folder that does not.")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    for name, file in files.items():
+        path = temporary / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(file, bytes):
+            path.write_bytes(file)
+        else:
+            shutil.copyfile(file, path)
+    temporary.rename(folder)
+
+
+def recorded(source: Any, repo_id: str, revision: str) -> str | None:
+    """The commit as which a folder was last published at a revision; None if it was not."""
+    if isinstance(source, PreTrainedModel):
+        return None
+    with suppress(FileNotFoundError):
+        known = json.loads((Path(source) / RECORD).read_text())
+        return known.get(repo_id, {}).get(revision)
+    return None
+
+
+def record(source: Any, repo_id: str, revision: str, commit: str) -> None:
+    """Remember the commit as which a folder was published."""
+    if isinstance(source, PreTrainedModel):
+        return
+    path, known = Path(source) / RECORD, {}
+    with suppress(FileNotFoundError):
+        known = json.loads(path.read_text())
+    known.setdefault(repo_id, {})[revision] = commit
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(known, indent=2) + "\n")
+    temporary.replace(path)

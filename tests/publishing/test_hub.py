@@ -1,0 +1,483 @@
+"""Publishing, by the real client against a Hub on loopback: what arrives, what is refused before
+anything is sent, and that no failure on the way harms what was there.
+"""
+
+import copy
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+
+import pytest
+import saved
+import torch
+import yaml
+from huggingface_hub import HfApi, constants
+from test_data import tiny_tokenizer
+
+import hfprune
+from hfprune.errors import HfpruneError, PublishError
+from hfprune.publishing.hub import publish
+from hfprune.publishing.parcel import RECORD
+from hfprune.publishing.rehearsal_api import User
+
+MODEL_FILES = {
+    "README.md",
+    "config.json",
+    "model.safetensors",
+    "modeling_hfprune.py",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+TOUCHED = re.compile(r"PUT |POST /api/(repos/create|models/.*/(commit|branch|preupload)/)")
+
+
+def quietly(source, repo="me/model", **options):
+    """Publish without loading the result in fresh processes, which takes seconds."""
+    return publish(source, repo, **{"verify": False, "say": lambda line: None} | options)
+
+
+def files(hub, repo="me/model", revision="main"):
+    """{path: content} of a revision."""
+    found = hub.repos[repo]
+    commit = found.commits[found.find(revision)]
+    return {path: hub.content(blob) for path, blob in commit.files.items()}
+
+
+def untouched(hub):
+    """Whether nothing was sent that changes anything."""
+    return not [request for request in hub.log if TOUCHED.match(request)]
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    return saved.save(tmp_path_factory.mktemp("first") / "model")
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory):
+    return saved.save(tmp_path_factory.mktemp("second") / "model", seed=1)
+
+
+@pytest.fixture
+def model(first, tmp_path):
+    """A pruned model's folder of the test's own."""
+    return shutil.copytree(first, tmp_path / "model")
+
+
+def test_a_folder_arrives_whole_and_is_verified(hub, model):
+    said = []
+    done = publish(model, "me/model", license="mit", say=said.append)
+    assert files(hub).keys() == MODEL_FILES | {".gitattributes"} == {*done.files, ".gitattributes"}
+    for name in MODEL_FILES - {"README.md"}:
+        assert files(hub)[name] == (model / name).read_bytes()
+    assert done.differences == {"hfprune": 0, "remote-code": 0}
+    assert done.commit == hub.repos["me/model"].refs["refs/heads/main"]
+    assert len(hub.repos["me/model"].commits) == 2  # the repository's first one, and ours
+    assert any("empty cache" in line for line in said)
+    assert json.loads((model / RECORD).read_text()) == {"me/model": {"main": done.commit}}
+    assert b"license: mit" in files(hub)["README.md"]
+
+
+def test_a_run_arrives_with_its_papers(hub, tmp_path):
+    run = saved.run(tmp_path / "run")
+    quietly(run)
+    found = files(hub)
+    papers = {"plan.json", "recipe.yaml", "report.json", "report.md", "kept.png"}
+    assert found.keys() == MODEL_FILES | papers | {".gitattributes"}
+    assert b"somebody" not in b"".join(found.values())  # absolute paths say who and where
+    assert yaml.safe_load(found["recipe.yaml"])["data"]["test"] == "test.jsonl"
+    for name in papers - {"recipe.yaml"}:
+        assert found[name] == (run / name).read_bytes()
+
+
+def test_a_model_in_memory_arrives(hub, tmp_path):
+    made = saved.pruned()
+    quietly(made, processor=tiny_tokenizer())
+    assert files(hub).keys() == MODEL_FILES | {".gitattributes"}
+    again = hfprune.from_pretrained("me/model")
+    for name, tensor in made.state_dict().items():
+        assert again.state_dict()[name].equal(tensor)
+    with pytest.raises(PublishError, match="own tokenizer"):
+        quietly(tmp_path, processor=tiny_tokenizer())
+
+
+def test_a_name_alone_is_under_the_user(hub, model):
+    assert quietly(model, "model").repo_id == "me/model"
+    assert quietly(model, "org/model", private=True).repo_id == "org/model"
+    assert [repo.private for repo in hub.repos.values()] == [False, True]
+
+
+def test_a_family_is_a_branch_each(hub, first, second, tmp_path):
+    sizes = {
+        name: shutil.copytree(f, tmp_path / name)
+        for name, f in {"macs-80": first, "macs-50": second}.items()
+    }
+    for name, folder in sizes.items():
+        quietly(folder, revision=name)
+    assert set(hub.repos["me/model"].refs) == {f"refs/heads/{b}" for b in ("main", *sizes)}
+    for name, folder in sizes.items():
+        assert files(hub, revision=name)["config.json"] == (folder / "config.json").read_bytes()
+        assert f'revision="{name}"'.encode() in files(hub, revision=name)["README.md"]
+    assert set(files(hub)) == {".gitattributes"}
+
+
+def test_a_pull_request_leaves_the_branch(hub, model):
+    hub.create("other/model")
+    done = quietly(model, "other/model", create_pr=True)
+    assert done.url.endswith("/other/model/discussions/1")
+    assert set(files(hub, "other/model")) == {".gitattributes"}
+    assert files(hub, "other/model", "refs/pr/1").keys() > MODEL_FILES
+    assert not (model / RECORD).exists()
+    with pytest.raises(PublishError, match="main branch"):
+        quietly(model, "other/model", create_pr=True, revision="other")
+
+
+def test_the_same_again_changes_nothing(hub, model):
+    before = quietly(model)
+    said = []
+    assert quietly(model, say=said.append).commit == before.commit
+    assert any("exactly these files" in line for line in said)
+    assert len(hub.repos["me/model"].commits) == 2
+
+
+def test_leftovers_of_an_earlier_model_go(hub, tmp_path):
+    folder = saved.save(tmp_path / "model", max_shard_size="20KB")
+    shards = {path.name for path in folder.glob("model*.safetensors*")}
+    assert len(shards) > 2
+    quietly(folder)
+    assert shards < files(hub).keys()
+    hub.put("me/model", {"README.md": b"# Mine\n"})
+    for name in shards:
+        (folder / name).unlink()
+    saved.save(folder)
+    quietly(folder)
+    assert files(hub).keys() == MODEL_FILES | {".gitattributes"}
+    assert b"# Mine" in files(hub)["README.md"]
+
+
+def test_what_is_no_part_of_a_model_stays_here(hub, model):
+    for name in (".env", "optimizer.pt", "training_args.bin", "trainer_state.json", "own.py"):
+        (model / name).write_text("private")
+    said = []
+    quietly(model, say=said.append)
+    assert files(hub).keys() == MODEL_FILES | {".gitattributes"}
+    for name in (".env", "optimizer.pt", "training_args.bin", "trainer_state.json", "own.py"):
+        assert any(name in line for line in said)
+
+
+# What is refused before anything is sent.
+
+
+def test_commits_of_others_are_not_overwritten(hub, model, second):
+    quietly(model)
+    theirs = hub.put("me/model", {"config.json": b"{}"})
+    saved.save(model, seed=1)
+    hub.log.clear()
+    with pytest.raises(PublishError, match=r"has commits since .* config\.json.*--parent"):
+        quietly(model)
+    assert untouched(hub)
+    assert quietly(model, parent_commit=theirs).commit != theirs
+    # A folder that was never published does not know what is there.
+    hub.log.clear()
+    with pytest.raises(PublishError, match="from elsewhere"):
+        quietly(shutil.copytree(second, model.parent / "other"), license="mit", repo="me/model")
+    assert untouched(hub)
+
+
+@pytest.mark.parametrize(
+    ("repo", "user", "message"),
+    [
+        ("other/model", User("me"), "may not write to other/model.* me"),
+        ("org/model", User("me", "write", {"org": "read"}), "may not write to org/model"),
+        ("me/model", User("me", "read"), "may only read"),
+        ("me/mod el", User("me"), "Repo id must use alphanumeric"),
+    ],
+)
+def test_a_token_must_be_allowed_to_write(hub, model, repo, user, message):
+    hub.users.update(dict.fromkeys(hub.users, user))
+    with pytest.raises(PublishError, match=message):
+        quietly(model, repo)
+    assert untouched(hub)
+
+
+def test_without_a_token_or_a_network_it_says_so(hub, model, monkeypatch):
+    with pytest.raises(PublishError, match="does not know this token"):
+        quietly(model, token="hf_unknown")
+    with pytest.raises(PublishError, match="There is no me/none to propose"):
+        quietly(model, "me/none", create_pr=True)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(PublishError, match="no token"):
+        quietly(model)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(PublishError, match="HF_HUB_OFFLINE"):
+        quietly(model)
+    assert untouched(hub)
+
+
+@pytest.mark.parametrize("kind", ["gated", "private"])
+def test_a_restricted_base_is_published_as_said(hub, tmp_path, kind):
+    hub.create("org/base", **{kind: True})
+    revision = hub.put("org/base", {"README.md": b"---\nlicense: other\n---\n"})
+    folder = saved.save(tmp_path / "model", base={"id": "org/base", "revision": revision})
+    with pytest.raises(PublishError, match=f"{kind}.*--private or --public"):
+        quietly(folder)
+    assert untouched(hub)
+    quietly(folder, private=True)
+    assert hub.repos["me/model"].private
+
+
+def test_a_missing_license_and_base_are_warned_of(hub, model):
+    warnings = " ".join(quietly(model).warnings)
+    assert "No license is known" in warnings and "did not come from the Hub" in warnings
+    assert not [w for w in quietly(model, license="mit").warnings if "license" in w]
+
+
+def test_only_finished_runs_and_pruned_models(hub, tmp_path):
+    for folder, message in (
+        (tmp_path / "nothing", "There is no folder"),
+        (tmp_path, "is no model"),
+    ):
+        with pytest.raises(PublishError, match=message):
+            quietly(folder)
+    import tiny
+
+    dense = tiny.model("bert")
+    dense.save_pretrained(tmp_path / "dense")
+    for source in (dense, tmp_path / "dense"):
+        with pytest.raises(PublishError, match="not pruned by hfprune"):
+            quietly(source)
+    run = saved.run(tmp_path / "run")
+    (run / "report.json").unlink()
+    with pytest.raises(PublishError, match=r"not finished: it has no report\.json"):
+        quietly(run)
+    assert not hub.log
+
+
+def test_a_dry_run_opens_nothing_and_needs_nothing(hub, model, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection"))
+    done = quietly(model, dry_run=tmp_path / "dry")
+    assert {path.name for path in (tmp_path / "dry").iterdir()} == MODEL_FILES == {*done.files}
+    assert done.commit is None
+    assert not hub.log
+    with pytest.raises(PublishError, match="exists"):
+        quietly(model, dry_run=tmp_path / "dry")
+
+
+# Secrets.
+
+SECRET = "hf_" + "abcdEFGH1234" * 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": SECRET},
+        {"data": {"train": f"https://me:{SECRET}@example.org/train"}},
+        {"data": {"train": "https://me:pass@example.org/train"}},
+        {"api_key": "abc"},
+        {"score": {"hub_token": "abc"}},
+    ],
+)
+def test_a_recipe_with_a_secret_is_refused(hub, tmp_path, changes):
+    run = saved.run(tmp_path / "run", **changes)
+    for options in ({}, {"dry_run": tmp_path / "dry"}):
+        with pytest.raises(HfpruneError, match=r"recipe\.yaml.* looks like a secret") as caught:
+            quietly(run, **options)
+        assert SECRET not in str(caught.value)
+    assert not hub.log
+    assert not (tmp_path / "dry").exists()
+
+
+def test_other_files_with_a_secret_are_refused(hub, model):
+    (model / "notes.txt").write_text(f"login with {SECRET}\n")
+    with pytest.raises(HfpruneError, match=r"notes\.txt looks like a secret"):
+        quietly(model)
+    assert not hub.log
+
+
+@pytest.mark.parametrize("how", [None, 500, "close", "cut"])
+def test_the_token_is_nowhere(hub, model, tmp_path, how, capfd, caplog):
+    (token,) = hub.users
+    if how:
+        hub.fail(how, lambda index, request: "/commit/" in request or "whoami" in request)
+    caplog.set_level("DEBUG")
+    text = ""
+    try:
+        text += repr(publish(model, "me/model", token=token, verify=False))
+    except PublishError as error:
+        text += "".join(traceback.format_exception(error))
+    assert bool(how) == ("PublishError" in text)
+    text += "".join(capfd.readouterr()) + caplog.text + repr(hub.log)
+    assert token not in text
+    for path in tmp_path.rglob("*"):
+        assert not (path.is_file() and token.encode() in path.read_bytes()), path
+
+
+# Failures on the way.
+
+
+class Scene:
+    """A repository with a published model, and a newer model that is to be published over it."""
+
+    def __init__(self, hub, first, second, folder):
+        self.hub, self.folder = hub, folder
+        shutil.copytree(first, folder)
+        quietly(folder)
+        for path in second.iterdir():
+            shutil.copyfile(path, folder / path.name)
+        self.before = files(hub)
+        self.record = (folder / RECORD).read_bytes()
+        self.repos, self.blobs = copy.deepcopy(hub.repos), set(os.listdir(hub.folder))
+        hub.log.clear()
+        quietly(folder)
+        self.requests, self.after = list(hub.log), files(hub)
+        self.reset()
+
+    def reset(self):
+        self.hub.heal()
+        self.hub.log.clear()
+        self.hub.repos = copy.deepcopy(self.repos)
+        (self.folder / RECORD).write_bytes(self.record)
+        for name in set(os.listdir(self.hub.folder)) - self.blobs:
+            (self.hub.folder / name).unlink()
+
+    def survives(self, how, when):
+        """Publish while it fails, then again: True if the first time failed."""
+        self.hub.fail(how, when)
+        failed = False
+        try:
+            quietly(self.folder)
+        except PublishError:
+            failed = True
+            assert files(self.hub) in (self.before, self.after)
+        self.hub.heal()
+        quietly(self.folder)
+        assert files(self.hub) == self.after
+        assert len(self.hub.repos["me/model"].commits) == len(self.repos["me/model"].commits) + 1
+        self.reset()
+        return failed
+
+
+@pytest.fixture
+def scene(hub, first, second, tmp_path):
+    return Scene(hub, first, second, tmp_path / "model")
+
+
+def test_the_scene_has_all_that_can_fail(scene):
+    told = " ".join(scene.requests)
+    for part in ("whoami", "/tree/", "validate-yaml", "preupload", "lfs", "PUT /storage", "commit"):
+        assert part in told
+    assert scene.before != scene.after
+
+
+@pytest.mark.parametrize(
+    "how", ["lose", *(pytest.param(how, marks=pytest.mark.slow) for how in (429, 500, 503, "cut"))]
+)
+def test_one_failure_at_any_request_harms_nothing(scene, how):
+    for position in range(len(scene.requests)):
+        scene.survives(how, lambda index, request, at=position: index == at)
+
+
+@pytest.mark.parametrize("how", ["close", pytest.param(503, marks=pytest.mark.slow)])
+def test_a_network_that_dies_at_any_request_harms_nothing(scene, how):
+    for position in range(len(scene.requests)):
+        assert scene.survives(how, lambda index, request, at=position: index >= at)
+
+
+def test_a_new_repository_survives_a_dying_network_too(hub, model):
+    quietly(model, revision="small")
+    requests = list(hub.log)
+    assert any("branch" in request for request in requests)
+    for position in range(len(requests)):
+        hub.repos.clear()
+        hub.log.clear()
+        for path in hub.folder.iterdir():
+            path.unlink()
+        (model / RECORD).unlink(missing_ok=True)
+        hub.fail("close", lambda index, request, at=position: index >= at)
+        with pytest.raises(PublishError):
+            quietly(model, revision="small")
+        hub.heal()
+        quietly(model, revision="small")
+        assert files(hub, revision="small").keys() == MODEL_FILES | {".gitattributes"}
+
+
+PUSH = "import sys; from hfprune.cli import main; sys.argv[0] = 'hfprune'; main()"
+
+
+@pytest.mark.parametrize(
+    "place", ["/commit/", pytest.param("PUT /storage", marks=pytest.mark.slow)]
+)
+def test_a_killed_push_harms_nothing(scene, place, tmp_path):
+    hub = scene.hub
+    hub.fail("hang", lambda index, request: place in request)
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "home"),
+    }
+    arguments = ["push", str(scene.folder), "me/model"]
+    process = subprocess.Popen([sys.executable, "-c", PUSH, *arguments], env=environment)
+    deadline = time.monotonic() + 60
+    while not any(place in request for request in hub.log) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert any(place in request for request in hub.log)
+    hub.heal()
+    assert files(hub) == scene.before
+    quietly(scene.folder)
+    assert files(hub) == scene.after
+
+
+def test_a_download_that_differs_is_told(hub, model):
+    def meddle(index, request):
+        if request.startswith("GET /me/model/resolve/") and request.endswith("config.json"):
+            blob = hub.repos["me/model"]
+            commit = blob.commits[blob.find("main")]
+            (hub.folder / commit.files["config.json"].sha256).write_bytes(b"{}" * 3000)
+        return False
+
+    hub.fail(500, meddle)
+    with pytest.raises(PublishError, match=r"config\.json|Downloading"):
+        publish(model, "me/model", say=lambda line: None)
+
+
+# The stock methods.
+
+
+@pytest.mark.parametrize("way", ["save_pretrained", "push_to_hub"])
+def test_the_stock_methods_upload_all_that_a_folder_holds(hub, way, tmp_path):
+    model = saved.pruned()
+    model.save_pretrained(tmp_path / "there")
+    if way == "push_to_hub":
+        model.push_to_hub("me/model")
+    else:
+        model.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="me/model")
+    found = files(hub)
+    for path in (tmp_path / "there").iterdir():
+        assert found[path.name] == path.read_bytes(), path.name
+    again = hfprune.from_pretrained("me/model", attn_implementation="eager")
+    inputs = {"input_ids": torch.arange(3, 9)[None]}
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+def test_the_card_of_a_stock_push_is_kept_as_a_persons(hub, model):
+    saved.pruned().push_to_hub("me/model")
+    HfApi().upload_file(
+        path_or_fileobj=b"# By hand\n", path_in_repo="README.md", repo_id="me/model"
+    )
+    head = hub.repos["me/model"].refs["refs/heads/main"]
+    quietly(model, parent_commit=head)
+    assert b"# By hand" in files(hub)["README.md"]

@@ -1,0 +1,98 @@
+"""Folders to publish, made by hand: a saved pruned model, and what a finished run leaves."""
+
+import json
+
+import tiny
+import yaml
+from test_data import tiny_tokenizer
+
+from hfprune.evaluation.evaluate import Difference, Quality
+from hfprune.evaluation.measure import Latency, Measurement
+from hfprune.planning.budget import Budget
+from hfprune.planning.plan import PruningPlan
+from hfprune.publishing.figures import draw_kept
+from hfprune.publishing.report import Report, Variant
+from hfprune.structure.anatomy import Anatomy
+from hfprune.structure.surgery import copy_and_cut
+
+BASE = {"id": "base/bert", "revision": "5" * 40}
+
+
+def plan_of(model, seed=0):
+    """A plan with a random, uneven choice of units."""
+    anatomy = Anatomy.of(model)
+    return PruningPlan(anatomy, tiny.selection(anatomy, seed), Budget.parse("macs=50%"), "fisher", 9)
+
+
+def pruned(seed=0, base=None):
+    """A pruned tiny classifier."""
+    model = tiny.model("bert", "AutoModelForSequenceClassification")
+    if base:
+        model.config.hfprune = {"version": 1, "modules": {}, "base": base}
+    plan = plan_of(model, seed)
+    return copy_and_cut(model, plan.keep, plan.summary)
+
+
+def save(folder, seed=0, base=None, **options):
+    """A pruned model's folder, with a tokenizer."""
+    pruned(seed, base).save_pretrained(folder, **options)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def report(names=("dense", "distilled"), metric="accuracy"):
+    """A report of made-up figures, all different."""
+
+    def variant(index, name):
+        latency = {1: Latency(0.002 - index / 1e4, 0.001, 0.003, 7)}
+        return Variant(
+            name=name,
+            quality=Quality(metric, 0.9 - index / 100, 0.8, 0.95, 123),
+            difference=Difference(metric, -0.01, -0.03, 0.02, 123) if index else None,
+            params=20_000_000 - index * 1_000_000,
+            macs=400_000_000 - index * 10_000_000,
+            measured=Measurement("cpu", 2, latency, None, 91_000_000 - index),
+        )
+
+    variants = tuple(variant(*pair) for pair in enumerate(names))
+    return Report(variants, 9, {"CPU": "a fine one", "torch": "9.9"}, {"dense": 61.5})
+
+
+RECIPE = {
+    "model": "base/bert",
+    "output": "/home/somebody/run",
+    "data": {
+        "train": "/home/somebody/train.jsonl",
+        "dev": "/home/somebody/dev.jsonl",
+        "test": "/home/somebody/test.jsonl",
+        "dataset": None,
+        "config": None,
+        "revision": None,
+        "max_length": 12,
+    },
+    "task": "text-classification",
+    "revision": None,
+    "seed": 7,
+    "finetune": {"epochs": 1.0, "learning_rate": 1e-3, "batch_size": 8},
+    "score": {"examples": 1024, "batch_size": 4, "loss": "labels"},
+    "prune": {"budget": "macs=50%", "criterion": "fisher", "compensate": True},
+    "distill": {"epochs": 2.0, "learning_rate": 1e-4, "batch_size": 8},
+}
+
+
+def run(folder, **changes):
+    """The folder of a finished run, as far as it is published."""
+    save(folder / "distilled")
+    plan = plan_of(tiny.model("bert", "AutoModelForSequenceClassification"))
+    plan.save(folder / "plan.json")
+    draw_kept(plan, folder / "kept.png")
+    texts = {
+        "steps.json": "{}",
+        "reloaded.json": json.dumps({"model": "distilled"}),
+        "report.json": json.dumps(report().to_dict()),
+        "report.md": report().markdown(),
+        "recipe.yaml": yaml.safe_dump(RECIPE | changes),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return folder
