@@ -1,0 +1,58 @@
+"""When gradual pruning makes its plans, and how far towards the budget each of them goes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hfprune.errors import HfpruneError
+from hfprune.planning.budget import Budget
+
+
+def cubic(progress: float, start: float, end: float) -> float:
+    """The share that stays when a part `progress` of the schedule is over: from start to end.
+
+    Fast at first, while there is much that is not needed, and slow at last (Zhu and Gupta 2017,
+    equation 1).
+    """
+    return end + (start - end) * (1 - min(max(progress, 0.0), 1.0)) ** 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """When plans are made, and what share of the way to the budget each goes.
+
+    Attributes:
+        begin, end: the first and the last plan, as shares of the run's steps. What is left after
+            the last is for recovery with what then stays.
+        every: steps from one plan to the next.
+    """
+
+    begin: float = 0.0
+    end: float = 0.7
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.begin < self.end <= 1 and self.every >= 1):
+            raise HfpruneError(
+                "A schedule needs 0 <= begin < end <= 1, shares of the run's steps, and a plan"
+                f" every 1 or more steps: {self}."
+            )
+
+    def last(self, steps: int) -> int:
+        """The step after which the last plan is made."""
+        return max(1, round(self.end * steps))
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether a plan is made after a step of a run of so many."""
+        first, last = round(self.begin * steps), self.last(steps)
+        return step == last or (first < step < last and (step - first) % self.every == 0)
+
+    def at(self, step: int, steps: int, budget: Budget) -> Budget:
+        """The budget of the plan made after a step."""
+        first, last = round(self.begin * steps), self.last(steps)
+        progress = (step - first) / (last - first) if step < last else 1.0
+        limits = (
+            dataclasses.replace(limit, amount=cubic(progress, 1.0, limit.amount))
+            for limit in budget.limits
+        )
+        return Budget(tuple(limits))
