@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfprune.errors import PublishError
 from hfprune.publishing.parcel import SHIM, Parcel
 from hfprune.structure.modeling_hfprune import KEY
 
@@ -91,15 +92,32 @@ def card(
         previous: the card that is there: what people wrote in it stays, and so does metadata that
             hfprune does not write.
         license: of the pruned model; None for the base model's, or what the previous card says.
-    """
-    from huggingface_hub import ModelCard
 
-    old = ModelCard(previous, ignore_metadata_errors=True) if previous.strip() else None
-    before = old.data.to_dict() if old else {}
+    Raises:
+        PublishError: the previous card's metadata cannot be read.
+    """
+    before, words = _read(previous)
     data = _metadata(parcel, repo_id, inherited, before, license)
     made = f"{BEGIN}\n\n{_page(parcel, repo_id, revision)}\n{END}"
-    text = _around(old.text if old else "", made)
+    text = _around(words, made)
     return f"---\n{data}\n---\n\n{text.strip()}\n"
+
+
+def _read(text: str) -> tuple[dict[str, Any], str]:
+    """Metadata and words of a card."""
+    from huggingface_hub import ModelCard
+
+    if not text.strip():
+        return {}, ""
+    try:
+        found = ModelCard(text, ignore_metadata_errors=True)
+    except Exception as error:  # YAML's own, or a ValueError
+        why = " ".join(str(error).split())
+        raise PublishError(
+            f"The metadata of the README.md that is there cannot be read: {why}. Mend it, then"
+            " publish."
+        ) from error
+    return found.data.to_dict(), found.text
 
 
 def _around(old: str, made: str) -> str:

@@ -1,0 +1,211 @@
+"""The model card: metadata by the Hub's own loader, a page whose code runs, people's words kept."""
+
+import json
+import re
+
+import pytest
+import saved
+import tiny
+import torch
+import transformers
+import yaml
+from huggingface_hub import ModelCard
+
+import hfprune
+from hfprune.errors import PublishError
+from hfprune.planning.plan import PruningPlan
+from hfprune.publishing.card import BEGIN, END, RELATION, Inherited, card
+from hfprune.publishing.hub import publish
+from hfprune.publishing.parcel import packed
+from hfprune.structure.anatomy import Anatomy
+from hfprune.structure.surgery import copy_and_cut
+
+FIGURE = re.compile(r"\d[\d,.]*\s?(%|ms|MB|M)(?![\w])")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return saved.run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return saved.save(tmp_path_factory.mktemp("model"))
+
+
+def text_of(source, repo="me/half", **options):
+    with packed(source, None) as parcel:
+        return card(parcel, repo, **options)
+
+
+def data_of(source, **options):
+    return ModelCard(text_of(source, **options)).data
+
+
+def test_the_hub_reads_the_metadata_of_a_run(run):
+    inherited = Inherited({"license": "mit", "language": ["en"], "datasets": ["base/text"]})
+    data = data_of(run, inherited=inherited)
+    assert data.base_model == "base/bert"
+    assert data.base_model_relation == RELATION == "finetune"
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == "text-classification"
+    assert {"hfprune", "pruned"} <= set(data.tags)
+    assert (data.license, data.language, data.datasets) == ("mit", ["en"], ["base/text"])
+    (result,) = data.eval_results
+    assert (result.metric_type, result.metric_value) == ("accuracy", 0.89)  # of the distilled model
+    assert (result.task_type, result.dataset_name) == ("text-classification", "test.jsonl")
+    assert data.model_name == "half"
+    assert "co2_eq_emissions" not in data.to_dict()
+
+
+def test_a_hub_data_set_is_named_with_its_revision(tmp_path):
+    data = saved.RECIPE["data"] | {
+        "dataset": "org/movies",
+        "test": "validation",
+        "config": "small",
+        "revision": "4" * 40,
+    }
+    found = data_of(saved.run(tmp_path, data=data), inherited=Inherited({"datasets": "base/text"}))
+    assert found.datasets == ["base/text", "org/movies"]
+    (result,) = found.eval_results
+    assert (result.dataset_type, result.dataset_config) == ("org/movies", "small")
+    assert (result.dataset_split, result.dataset_revision) == ("validation", "4" * 40)
+
+
+def test_every_figure_of_the_page_was_measured(run):
+    """What the page says in figures stands in the report, the plan or the config."""
+    text = text_of(run)
+    report = saved.report()
+    plan = PruningPlan.load(run / "plan.json")
+    cells = " ".join(cell for row in report.cells() for cell in row)
+    shares = f"{plan.macs_share:.0%} {plan.params_share:.0%}"
+    shares += f" {plan.macs_share:.1%} {plan.params_share:.1%} 95 % {plan.budget}"
+    for figure in FIGURE.finditer(text):
+        known = cells + shares + report.caption()
+        assert figure[0] in known or figure[0].replace("%", " %") in known, figure[0]
+    header, dense, distilled = report.cells()
+    for what, before, after in list(zip(header, dense, distilled, strict=True))[1:]:
+        assert f"| {what} | {before} | {after} |" in text
+    assert "![" in text and "(kept.png)" in text
+    assert "1,024 examples" in text and "Seed 7" in text and "CPU a fine one" in text
+    assert "within chance" in text  # the interval of the difference includes 0
+    heads = [g for g in plan.anatomy if g.kind == "head"]
+    kept = sum(len(plan.keep[g.name]) for g in heads)
+    assert f"attention heads ({sum(g.units for g in heads)} to {kept})" in text
+
+
+def test_without_a_report_nothing_is_said_of_quality_and_speed(folder):
+    text = text_of(folder)
+    assert ModelCard(text).data.eval_results is None
+    for word in ("accuracy", "latency", " ms", "vs dense", "!["):
+        assert word not in text
+    assert "was not measured" in text
+    size = (folder / "model.safetensors").stat().st_size
+    params = sum(p.numel() for p in hfprune.from_pretrained(folder).parameters())
+    assert f"{params / 1e6:,.2f} M parameters, {size / 1e6:,.1f} MB" in text
+    assert "base_model" not in ModelCard(text).data.to_dict() or not ModelCard(text).data.base_model
+
+
+def test_lineage_over_repeated_prunings(tmp_path):
+    once = saved.pruned(base=saved.BASE)
+    anatomy = Anatomy.of(once)
+    keep = {g.name: tuple(range(max(0, g.units - g.heads_per_kv))) for g in anatomy}
+    summary = {"plan": "x", "budget": "params=70%", "criterion": "taylor"}
+    twice = copy_and_cut(once, keep, summary | {"macs_share": 0.7, "params_share": 0.6})
+    twice.save_pretrained(tmp_path / "twice")
+    text = text_of(tmp_path / "twice")
+    assert "| 1 | macs=50% | fisher |" in text
+    assert "| 2 | params=70% | taylor | 70.0% | 60.0% |" in text
+    assert f"[base/bert](https://huggingface.co/base/bert) at `{'5' * 40}`" in text
+    assert ModelCard(text).data.base_model == "base/bert"
+    assert "in 2 steps" in text
+
+
+def test_the_code_of_the_page_loads_the_model(hub, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    publish(folder, "me/half", revision="macs-50", verify=False, say=lambda line: None)
+    blocks = re.findall(
+        r"```python\n(.*?)```", text_of(folder, revision="macs-50"), flags=re.DOTALL
+    )
+    expected = hfprune.from_pretrained(folder)
+    inputs = {"input_ids": torch.arange(3, 9)[None]}
+    assert len(blocks) == 2
+    for block in blocks:
+        names = {}
+        exec(block, names)
+        with torch.no_grad():
+            assert names["model"].eval()(**inputs).logits.equal(expected(**inputs).logits)
+    assert transformers.AutoTokenizer.from_pretrained("me/half", revision="macs-50")("good")
+
+
+def test_a_stock_model_needs_no_trust(tmp_path):
+    model = tiny.model("llama")
+    anatomy = Anatomy.of(model)
+    keep = {g.name: tuple(range(g.units // 2)) for g in anatomy}
+    plan = saved.plan_of(model)
+    made = hfprune.as_stock(copy_and_cut(model, keep, plan.summary))
+    made.save_pretrained(tmp_path / "stock")
+    text = text_of(tmp_path / "stock")
+    assert "trust_remote_code" not in text
+    assert 'LlamaForCausalLM.from_pretrained("me/half")' in text
+    assert ModelCard(text).data.pipeline_tag == "text-generation"
+
+
+def test_peoples_words_and_metadata_stay(run, folder):
+    mine = (
+        f"---\nlicense: mit\nextra: 1\ntags: [mine]\n---\n\n# Read me\n\n{BEGIN}\nold\n{END}\n\nBye"
+    )
+    text = text_of(run, previous=mine, inherited=Inherited({"license": "other"}))
+    above, _, rest = text.partition(BEGIN)
+    made, _, below = rest.partition(END)
+    assert above.endswith("# Read me\n\n") and below.strip() == "Bye"
+    assert "old" not in made.split("\n")
+    data = ModelCard(text).data
+    assert data.license == "mit"  # people know better than the base's card
+    assert data.to_dict()["extra"] == 1
+    assert "mine" in data.tags and "hfprune" in data.tags
+    assert text_of(run, previous=text) == text_of(run, previous=text_of(run, previous=text))
+    # Results of an earlier model do not stay on the card of one that was not measured.
+    assert ModelCard(text_of(folder, previous=text)).data.eval_results is None
+    # A card without our marks is a person's from top to bottom.
+    whole = text_of(run, previous="# All mine\n\nLong story.\n")
+    assert whole.rstrip().endswith("Long story.")
+    assert whole.count(BEGIN) == whole.count(END) == 1
+    assert "license: apache-2.0" in text_of(run, previous=mine, license="apache-2.0")
+
+
+def test_broken_metadata_of_a_person_is_told(run):
+    with pytest.raises(PublishError, match=r"README\.md .*cannot be read.*Mend it"):
+        text_of(run, previous="---\nlicense: [mit\n---\n# Hello\n")
+
+
+def test_what_a_base_says_is_taken_over(hub, tmp_path):
+    hub.create("me/base")
+    words = {"license": "other", "license_name": "own", "language": "de", "pipeline_tag": "x"}
+    text = f"---\n{yaml.safe_dump(words)}---\n# Base\n"
+    revision = hub.put("me/base", {"README.md": text.encode()})
+    model = saved.save(tmp_path / "model", base={"id": "me/base", "revision": revision})
+    done = publish(model, "me/half", verify=False, say=lambda line: None)
+    assert not done.warnings
+    data = ModelCard.load("me/half").data
+    assert (data.license, data.license_name, data.language) == ("other", "own", "de")
+    assert data.pipeline_tag == "text-classification"
+    hub.repos.pop("me/base")
+    (warning,) = publish(model, "me/half", verify=False, say=lambda line: None).warnings
+    assert "me/base could not be read" in warning
+    assert ModelCard.load("me/half").data.license == "other"  # it was on the card already
+
+
+def test_several_rounds_name_the_last_model(tmp_path):
+    run = saved.run(tmp_path)
+    (run / "round-2").mkdir()
+    for name in ("distilled", "plan.json", "kept.png"):
+        (run / name).rename(run / "round-2" / name)
+    names = ("dense", "round-1/distilled", "round-2/distilled")
+    (run / "reloaded.json").write_text(json.dumps({"model": names[-1]}))
+    (run / "report.json").write_text(json.dumps(saved.report(names).to_dict()))
+    with packed(run, None) as parcel:
+        assert {"plan.json", "kept.png", "model.safetensors"} <= parcel.files.keys()
+        assert parcel.plan is not None and parcel.picture == "kept.png"
+    (result,) = data_of(run).eval_results
+    assert result.metric_value == 0.88
