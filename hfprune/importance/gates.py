@@ -103,8 +103,9 @@ def masked(model: PreTrainedModel, selection: Selection) -> Iterator[None]:
 def _route_to(stack: ExitStack, router: nn.Module, experts: list[int]) -> None:
     """Let a router choose among some of the experts until the stack closes."""
     kept = torch.tensor(experts, device=router.weight.device)  # type: ignore[arg-type]
-    stack.callback(setattr, router, "weight", router.weight)
-    router.weight = nn.Parameter(router.weight[kept], requires_grad=False)  # type: ignore[index]
+    for name, parameter in list(router.named_parameters(recurse=False)):
+        stack.callback(setattr, router, name, parameter)
+        setattr(router, name, nn.Parameter(parameter[kept], requires_grad=False))
 
     def number(module: nn.Module, args: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
         return (*output[:-1], kept[output[-1]])  # as the experts are numbered
