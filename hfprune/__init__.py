@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from hfprune.errors import HfpruneError
     from hfprune.importance.criteria import criterion
     from hfprune.importance.scoring import Scores, score
+    from hfprune.importance.sparsity import Sparsity, sparsify
     from hfprune.pipeline import run
     from hfprune.planning.budget import Budget
+    from hfprune.planning.constraints import Constraints
     from hfprune.planning.plan import PruningPlan
-    from hfprune.planning.solve import Constraints, plan
+    from hfprune.planning.solve import plan
     from hfprune.pruning import inspect, preview, prune, remove
     from hfprune.publishing.hub import publish
     from hfprune.recipe import Recipe
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
         DistillationTrainer,
         distill,
     )
+    from hfprune.recovery.gradual import GradualPruning
+    from hfprune.recovery.schedule import Schedule
+    from hfprune.recovery.sparse_training import GradualSparsity, KeepSparse
     from hfprune.structure.anatomy import Anatomy
     from hfprune.structure.architectures import Row, register
     from hfprune.structure.checkpoint import as_stock, from_pretrained
@@ -34,14 +39,19 @@ __version__ = "0.1.0"
 _HOMES = {
     "Anatomy": "structure.anatomy",
     "Budget": "planning.budget",
-    "Constraints": "planning.solve",
+    "Constraints": "planning.constraints",
     "DistillationArguments": "recovery.distillation",
     "DistillationTrainer": "recovery.distillation",
+    "GradualPruning": "recovery.gradual",
+    "GradualSparsity": "recovery.sparse_training",
     "HfpruneError": "errors",
+    "KeepSparse": "recovery.sparse_training",
     "PruningPlan": "planning.plan",
     "Recipe": "recipe",
     "Row": "structure.architectures",
+    "Schedule": "recovery.schedule",
     "Scores": "importance.scoring",
+    "Sparsity": "importance.sparsity",
     "as_stock": "structure.checkpoint",
     "compensate": "recovery.compensation",
     "criterion": "importance.criteria",
@@ -56,6 +66,7 @@ _HOMES = {
     "remove": "pruning",
     "run": "pipeline",
     "score": "importance.scoring",
+    "sparsify": "importance.sparsity",
 }
 
 __all__ = [
@@ -64,11 +75,16 @@ __all__ = [
     "Constraints",
     "DistillationArguments",
     "DistillationTrainer",
+    "GradualPruning",
+    "GradualSparsity",
     "HfpruneError",
+    "KeepSparse",
     "PruningPlan",
     "Recipe",
     "Row",
+    "Schedule",
     "Scores",
+    "Sparsity",
     "as_stock",
     "compensate",
     "criterion",
@@ -83,6 +99,7 @@ __all__ = [
     "remove",
     "run",
     "score",
+    "sparsify",
 ]
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from hfprune.errors import HfpruneError, unknown
+from hfprune.importance.reconstruction import Joint, removal_errors
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Evidence:
         weights: (units,) squared L2 norm of all weights that a unit owns.
         examples: number of examples.
         seed: for criteria that draw.
+        joint: what is known of the units together, for the joint criteria; None for experts, which
+            share no outlet.
     """
 
     absolute: torch.Tensor
@@ -36,11 +39,15 @@ class Evidence:
     weights: torch.Tensor
     examples: int
     seed: int
+    joint: Joint | None = None
 
 
 Criterion = Callable[[Evidence], torch.Tensor]
 
 CRITERIA: dict[str, Criterion] = {}
+
+JOINT: set[str] = set()
+"""Criteria that read `Evidence.joint`: dearer, so measured only where they are asked for."""
 
 
 def criterion(function: Criterion) -> Criterion:
@@ -53,6 +60,12 @@ def criterion(function: Criterion) -> Criterion:
     if name in CRITERIA:
         raise HfpruneError(f"There is a criterion {name!r} already; criteria are not replaced.")
     CRITERIA[name] = function
+    return function
+
+
+def joint_criterion(function: Criterion) -> Criterion:
+    """As `criterion`, for one that reads `Evidence.joint`."""
+    JOINT.add(criterion(function).__name__)
     return function
 
 
@@ -85,6 +98,18 @@ def fisher(evidence: Evidence) -> torch.Tensor:
     independent and their sum cancels.
     """
     return evidence.squared / (2 * evidence.examples)
+
+
+@joint_criterion
+def reconstruction(evidence: Evidence) -> torch.Tensor:
+    """Half the mean squared change of the loss that is left after the outlet's kept columns have
+    been refitted, added when the unit goes after all that matter less.
+
+    See `hfprune.importance.reconstruction`. For routed experts, `fisher`.
+    """
+    if evidence.joint is None:
+        return fisher(evidence)
+    return removal_errors(evidence.joint) / (2 * evidence.examples)
 
 
 @criterion

@@ -148,30 +148,32 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
 
 
 class _Watched(torch.autograd.Function):
-    """Identity: what passes through is reported with its gradient in the backward pass.
+    """Identity: a tensor is reported with the gradient of what passes through in the backward pass.
 
-    What passes is saved as autograd saves things, and not by the hook's own reference: so that it
-    is freed early, and is not held at all where a layer is computed again (see `recomputing`).
+    It is saved as autograd saves things, and not by the hook's own reference: so that it is freed
+    early, and is not held at all where a layer is computed again (see `recomputing`).
     """
 
     @staticmethod
-    def forward(ctx: Any, activation: torch.Tensor, report: Reporter) -> torch.Tensor:
-        ctx.save_for_backward(activation)
+    def forward(
+        ctx: Any, passing: torch.Tensor, reported: torch.Tensor, report: Reporter
+    ) -> torch.Tensor:
+        ctx.save_for_backward(reported)
         ctx.report = report
-        return activation.view_as(activation)
+        return passing.view_as(passing)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         ctx.report(*ctx.saved_tensors, *gradients)
-        return gradients[0], None
+        return gradients[0], None, None
 
 
-def _watched(activation: torch.Tensor, report: Reporter) -> torch.Tensor:
+def _watched(passing: torch.Tensor, reported: torch.Tensor, report: Reporter) -> torch.Tensor:
     if not torch.is_grad_enabled():
-        return activation
-    if not activation.requires_grad:
-        activation.requires_grad_(True)  # nothing before the first outlet has a gradient
-    watched: torch.Tensor = _Watched.apply(activation, report)
+        return passing
+    if not passing.requires_grad:
+        passing.requires_grad_(True)  # nothing before the first outlet has a gradient
+    watched: torch.Tensor = _Watched.apply(passing, reported, report)
     return watched
 
 
@@ -188,12 +190,33 @@ def gate_gradients(model: PreTrainedModel, anatomy: Anatomy, receive: Receiver) 
             def watch(
                 module: nn.Module, args: tuple[torch.Tensor, ...], group: Group = group
             ) -> tuple[torch.Tensor, ...]:
-                return (_watched(args[0], functools.partial(receive, group)), *args[1:])
+                report = functools.partial(receive, group)
+                return (_watched(args[0], args[0], report), *args[1:])
 
             hook = outlet_of(model, group).register_forward_pre_hook(watch)
             stack.callback(hook.remove)
         for block in anatomy.experts:
             _watch_experts(model, block, receive, stack)
+        yield
+
+
+@contextmanager
+def output_gradients(model: PreTrainedModel, anatomy: Anatomy, receive: Receiver) -> Iterator[None]:
+    """Report every outlet's input with the gradient of its output, (batch, tokens, outputs), in
+    each backward pass of the context; for within `gate_gradients`.
+    """
+    with ExitStack() as stack:
+        for group in anatomy:
+
+            def watch(
+                module: nn.Module,
+                args: tuple[torch.Tensor, ...],
+                output: torch.Tensor,
+                group: Group = group,
+            ) -> torch.Tensor:
+                return _watched(output, args[0].detach(), functools.partial(receive, group))
+
+            stack.callback(outlet_of(model, group).register_forward_hook(watch).remove)
         yield
 
 
@@ -211,7 +234,7 @@ def _watch_experts(
         def report(values: torch.Tensor, gradient: torch.Tensor) -> None:
             receive(block, spread(values, index), spread(gradient, index))
 
-        return hidden, index, _watched(weights, report)
+        return hidden, index, _watched(weights, weights, report)
 
     stack.callback(moe_of(model, block)[1].register_forward_pre_hook(watch).remove)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
-from hfprune.errors import DataError
+from hfprune.errors import DataError, HfpruneError, unknown
 from hfprune.structure.anatomy import Block, Group
 
 Batch = Mapping[str, torch.Tensor]
@@ -258,3 +258,15 @@ LOSSES: dict[str, Callable[[PreTrainedModel, Batch, int], torch.Tensor]] = {
     "logits": logits_loss,
     "sampled": sampled_loss,
 }
+
+
+def loss_named(name: str, seed: int) -> Loss:
+    """The loss of that name, drawing what it draws from a seed.
+
+    Raises:
+        HfpruneError: unknown name; the message has the nearest.
+    """
+    if name not in LOSSES:
+        raise HfpruneError(unknown("loss", name, LOSSES))
+    loss = LOSSES[name]
+    return lambda model, batch: loss(model, batch, seed)

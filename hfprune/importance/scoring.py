@@ -7,8 +7,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,22 +20,24 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hfprune.errors import DataError, HfpruneError, unknown
-from hfprune.importance.criteria import CRITERIA, Evidence, criterion_named
+from hfprune.importance.criteria import CRITERIA, JOINT, Evidence, criterion_named
 from hfprune.importance.gates import (
     frozen,
     gate_gradients,
     outlet_of,
+    output_gradients,
     recomputing,
     uncached,
 )
 from hfprune.importance.losses import (
-    LOSSES,
     Batch,
     Loss,
     is_decoder,
     is_token_level,
+    loss_named,
     padding_mask,
 )
+from hfprune.importance.reconstruction import Joint, MomentSums
 from hfprune.structure.anatomy import Anatomy, Block, Group, axis_of, moe_of, slices
 
 _META = "scores.json"
@@ -117,7 +119,8 @@ def score(
     Args:
         model: a transformers model of a known family; left as it was.
         batches: what the model is called with, {name: tensor}; with labels for the loss on them.
-        criteria: names from the registry; all of them by default.
+        criteria: names from the registry; by default all but `reconstruction`, which costs as much
+            again and the memory of (columns^2 + outputs^2) float32 numbers an outlet.
         loss: "labels", the model's own loss; "sampled", its loss on labels drawn from its own
             predictions, and "logits", how far its logits move, for which no labels are needed; or
             (model, batch) -> a loss summed over examples or labelled tokens.
@@ -130,23 +133,20 @@ def score(
         DataError: no batches, no labels, a loss that is not finite (names the batch), or one that
             does not depend on some group of units (names the group).
     """
-    wanted = {name: criterion_named(name) for name in criteria or CRITERIA}
-    if isinstance(loss, str):
-        if loss not in LOSSES:
-            raise HfpruneError(unknown("loss", loss, LOSSES))
-        loss = _seeded(LOSSES[loss], seed)
+    cheap = [name for name in CRITERIA if name not in JOINT]
+    wanted = {name: criterion_named(name) for name in criteria or cheap}
+    chosen = loss_named(loss, seed) if isinstance(loss, str) else loss
     anatomy = Anatomy.of(model)
-    gathering = _Gathering(model, anatomy)
+    gathering = _Gathering(model, anatomy, joint=not JOINT.isdisjoint(wanted))
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     total = len(batches) if isinstance(batches, Sized) else None
     again = recomputing(model) if checkpointing else nullcontext()
-    watching = gate_gradients(model, anatomy, gathering.receive)
-    with frozen(model), uncached(model), watching, again, torch.enable_grad():
+    with frozen(model), uncached(model), gathering.watch(anatomy), again, torch.enable_grad():
         for index, batch in enumerate(tqdm(batches, "scoring", total, delay=2, leave=False)):
             if index % world == rank:
                 here = {name: tensor.to(model.device) for name, tensor in batch.items()}
                 gathering.start(here, index)
-                value = loss(model, here)
+                value = chosen(model, here)
                 if not torch.isfinite(value):
                     raise DataError(f"The loss of calibration batch {index} is {value.item()}.")
                 if not value.requires_grad:
@@ -179,10 +179,6 @@ def score(
     )
 
 
-def _seeded(loss: Callable[[PreTrainedModel, Batch, int], torch.Tensor], seed: int) -> Loss:
-    return lambda model, batch: loss(model, batch, seed)
-
-
 def rank_correlation(one: torch.Tensor, other: torch.Tensor) -> float:
     """Spearman's rank correlation of two equally long vectors; 0 if one of them is constant."""
     ranks = torch.stack([_ranks(one), _ranks(other)])
@@ -198,21 +194,33 @@ def _ranks(values: torch.Tensor) -> torch.Tensor:
 class _Gathering:
     """Running sums per group, in two halves of the examples so that their agreement shows."""
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, joint: bool = False) -> None:
         self.absolute: dict[str, torch.Tensor] = {}
         self.squared: dict[str, torch.Tensor] = {}
         self.inputs: dict[str, torch.Tensor] = {}
         self.examples = 0
         self.tokens = 0
         self.parts: list[Group | Block] = [*anatomy, *anatomy.experts]
+        self.joint = MomentSums(model) if joint else None
         self._model = model
         self._batch: Batch = {}
         self._index = 0
         self._counted = False
 
+    @contextmanager
+    def watch(self, anatomy: Anatomy) -> Iterator[None]:
+        """Receive what each backward pass of the context gives."""
+        with ExitStack() as stack:
+            stack.enter_context(gate_gradients(self._model, anatomy, self.receive))
+            if self.joint:
+                stack.enter_context(output_gradients(self._model, anatomy, self.joint.receive))
+            yield
+
     def start(self, batch: Batch, index: int) -> None:
         """Tell which batch, of all processes' batches, the coming gradients belong to."""
         self._batch, self._index, self._counted = batch, index, False
+        if self.joint:
+            self.joint.start(batch)
 
     def receive(
         self, group: Group | Block, activation: torch.Tensor, gradient: torch.Tensor
@@ -274,7 +282,11 @@ class _Gathering:
         self.examples, self.tokens = counts.tolist()
         reached = torch.tensor([int(g.name in self.absolute) for g in self.parts], device=device)
         dist.all_reduce(reached)
-        for group in (g for g, times in zip(self.parts, reached, strict=True) if times):
+        seen = [g for g, times in zip(self.parts, reached, strict=True) if times]
+        if self.joint:
+            groups = [g for g in seen if isinstance(g, Group)]
+            self.joint.reduce(((g, *_outlet_rows(self._model, g).shape) for g in groups), device)
+        for group in seen:
             for sums, shape in (
                 (self.absolute, (2, group.units)),
                 (self.squared, (2, group.units)),
@@ -302,6 +314,7 @@ class _Gathering:
             weights=weights,
             examples=self.examples,
             seed=seed,
+            joint=self._joint(group),
         )
         one, other = (
             dataclasses.replace(
@@ -313,6 +326,23 @@ class _Gathering:
             for half in (0, 1)
         )
         return whole, (one, other)
+
+    def _joint(self, group: Group | Block) -> Joint | None:
+        if self.joint is None or isinstance(group, Block) or not group.units:
+            return None
+        return Joint(
+            self.joint.moments[group.name],
+            _outlet_rows(self._model, group).double(),
+            group.units,
+            bias=getattr(outlet_of(self._model, group), "bias", None) is not None,
+        )
+
+
+def _outlet_rows(model: PreTrainedModel, group: Group) -> torch.Tensor:
+    """An outlet's weights as (columns, outputs)."""
+    outlet = outlet_of(model, group)
+    weight: torch.Tensor = outlet.weight.detach()  # type: ignore[operator]
+    return weight if axis_of(outlet, 1) == 0 else weight.T
 
 
 def _weight_norms(

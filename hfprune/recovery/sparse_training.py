@@ -1,0 +1,118 @@
+"""Training that keeps zeros at zero, and training that makes them little by little."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from hfprune.errors import HfpruneError
+from hfprune.importance.sparsity import Scope, Sparsity, sparsify
+from hfprune.recovery.schedule import Schedule, cubic
+
+
+class KeepSparse(TrainerCallback):
+    """Set the weights of a `Sparsity` back to zero after every step of the optimizer.
+
+    For any transformers.Trainer on one process or with data parallelism: momentum and weight decay
+    may move a zero within a step, but no forward pass, evaluation or checkpoint sees it.
+    """
+
+    def __init__(self, sparsity: Sparsity) -> None:
+        self.sparsity = sparsity
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Begin with the zeros in place.
+
+        Raises:
+            HfpruneError: the masks are of another model.
+        """
+        self.sparsity.apply(kwargs["model"])
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Undo what the step did to the zeros."""
+        self.sparsity.apply(kwargs["model"])
+
+
+class GradualSparsity(TrainerCallback):
+    """Set ever more of the smallest weights to zero while a model trains.
+
+    The share of zeros rises fast at first and slowly at the end, 1 - (1 - t)^3 of the target (Zhu
+    and Gupta 2017, "To prune, or not to prune", arXiv:1710.01878). What is zero stays zero, and a
+    resumed run goes on where it was.
+
+    Attributes:
+        sparsity: which weights stay; None before the first rise.
+    """
+
+    def __init__(
+        self, target: float, *, scope: Scope = "layer", schedule: Schedule | None = None
+    ) -> None:
+        """
+        Args:
+            target: share of zeros at the end, between 0 and 1.
+            scope: which weights compete, as for `hfprune.sparsify`.
+            schedule: when the share rises.
+
+        Raises:
+            HfpruneError: the target is no share.
+        """
+        if not 0 < target < 1:
+            raise HfpruneError(f"target is {target}; give a share between 0 and 1, e.g. 0.8.")
+        self.sparsity: Sparsity | None = None
+        self._target, self._scope = target, scope
+        self._schedule = schedule or Schedule()
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Find the zeros of a run that is resumed: they are the smallest weights there are."""
+        self.sparsity = None
+        rises = (
+            step
+            for step in range(state.global_step, 0, -1)
+            if self._schedule.due(step, state.max_steps)
+        )
+        if last := next(rises, None):
+            self._rise(kwargs["model"], last, state.max_steps)
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Undo what the step did to the zeros, and add some where they are due."""
+        if self.sparsity is not None:
+            self.sparsity.apply(kwargs["model"])
+        step = state.global_step + 1  # the Trainer counts the step after this event
+        if self._schedule.due(step, state.max_steps):
+            self._rise(kwargs["model"], step, state.max_steps)
+
+    def _rise(self, model: PreTrainedModel, step: int, steps: int) -> None:
+        first, last = round(self._schedule.begin * steps), self._schedule.last(steps)
+        share = cubic((step - first) / (last - first), 0.0, self._target)
+        self.sparsity = sparsify(model, share, scope=self._scope)
