@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hfprune.publishing.report import Report
+    from hfprune.recipe import Recipe
 
 app = typer.Typer(
     help="Prune Hugging Face models: score, plan, remove, recover, publish.",
@@ -22,19 +28,15 @@ RecipeFile = Annotated[Path, typer.Argument(help="A recipe, such as recipes/mini
 @app.command()
 def run(recipe: RecipeFile) -> None:
     """Do everything that a recipe asks for; run it again to go on where it stopped."""
-    from rich.console import Console
-
-    from hfprune.pipeline import run as run_recipe
     from hfprune.recipe import Recipe
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
     made = Recipe.load(recipe)
-    _quiet_loading()
-    report = run_recipe(made, say=lambda line: console.print(line, markup=False, highlight=False))
-    assert report is not None, "a whole run ends with a report"
-    console.print(report.table())
-    console.print(report.caption(), markup=False, highlight=False)
-    console.print(f"Everything is in {made.output}.", markup=False, highlight=False)
+    report = _walk(made)
+    if report is not None:  # of several processes, only the first has it
+        console = _console()
+        console.print(report.table())
+        console.print(report.caption(), markup=False, highlight=False)
+        console.print(f"Everything is in {made.output}.", markup=False, highlight=False)
 
 
 @app.command()
@@ -49,9 +51,19 @@ def inspect(model: Model) -> None:
 @app.command()
 def score(recipe: RecipeFile) -> None:
     """Score heads and neurons as a recipe says; the scores are in `scores` in its output folder."""
-    from hfprune.pipeline import run as run_recipe
+    _walk(recipe, "scores")
 
-    run_recipe(recipe, say=typer.echo, until="scores")
+
+@app.command()
+def prune(recipe: RecipeFile) -> None:
+    """Do what a recipe asks for up to removal and compensation, without the last distillation."""
+    _walk(recipe, "start")
+
+
+@app.command()
+def distill(recipe: RecipeFile) -> None:
+    """Do what a recipe asks for up to the last distillation, without evaluation."""
+    _walk(recipe, "result")
 
 
 @app.command()
@@ -167,6 +179,25 @@ def check(recipe: RecipeFile) -> None:
     typer.echo(f"{recipe} is a complete recipe.")
 
 
+def _walk(recipe: Path | Recipe, until: str | None = None) -> Report | None:
+    """Run a recipe, telling what is done."""
+    from hfprune.pipeline import run as run_recipe
+
+    console = _console()
+    _quiet_loading()
+    return run_recipe(
+        recipe,
+        say=lambda line: console.print(line, markup=False, highlight=False),
+        until=until,
+    )
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
 def _quiet_loading() -> None:
     """The pipeline says what it does; the bars and notes of every load and save would drown it."""
     import datasets
@@ -177,12 +208,16 @@ def _quiet_loading() -> None:
     transformers.utils.logging.set_verbosity_error()
 
 
-def main() -> None:
-    """Entry point: errors that hfprune raises on purpose are one line, not a traceback."""
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: errors that hfprune raises on purpose are one line, not a traceback.
+
+    Args:
+        arguments: of the command line; by default those of this process.
+    """
     from hfprune.errors import HfpruneError
 
     try:
-        app()
+        app(arguments)
     except (HfpruneError, OSError) as error:  # OSError: a model or file that is not there
         typer.echo(f"hfprune: {' '.join(str(error).split())}", err=True)
         raise SystemExit(2) from error

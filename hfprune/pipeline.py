@@ -25,7 +25,7 @@ import transformers
 import yaml
 
 from hfprune.data import Batches
-from hfprune.errors import HfpruneError, RecipeError
+from hfprune.errors import HfpruneError, RecipeError, unknown
 from hfprune.processes import Processes, launched
 from hfprune.publishing.report import Report
 from hfprune.recipe import SPLITS, Recipe
@@ -47,8 +47,12 @@ def run(
     Args:
         recipe: a Recipe or a YAML file.
         say: where progress goes, line by line; of several processes, only the first says it.
-        until: the last artefact to make ("scores", "plan.json", ...); None for all, with a report.
-            With several rounds, that of every round before and of the last.
+        until: the last artefact to make ("scores", "plan.json", ...; of several rounds, the last
+            round's), or "start", what distillation starts from, or "result", what it ends with;
+            None for all, with a report.
+
+    Returns:
+        The report; None if it was not asked for, and to all processes but the first.
 
     Raises:
         RecipeError: the recipe is wrong, or its output folder holds something else; before anything
@@ -98,8 +102,7 @@ class _Run:
             torch.set_num_threads(self.recipe.measure.threads)
         key = ""
         steps = self.steps.listed()
-        if until is not None:
-            until = next(s.artefact for s in reversed(steps) if Path(s.artefact).name == until)
+        last = None if until is None else self._last(until, steps)
         for step in steps:
             key = self._key(step, key)
             done = steps_done(self.folder)
@@ -110,13 +113,24 @@ class _Run:
                 self.say(f"{step.name} ...")
                 seconds = self._make(step, key)
                 self.say(f"{step.name}: {seconds:.1f} s")
-            if step.artefact == until:
+            if step.artefact == last:
                 return None
+        return self._report() if self.processes.main else None
+
+    def _last(self, until: str, steps: list[Step]) -> str:
+        """The artefact that `until` means."""
+        final = self.steps.rounds[-1]
+        names = {Path(step.artefact).name: step.artefact for step in steps}
+        names |= {"start": final.path(final.start), "result": final.path(final.result)}
+        if until not in names:
+            raise HfpruneError(unknown("artefact", until, names))
+        return names[until]
+
+    def _report(self) -> Report:
         report = Report.from_dict(json.loads((self.folder / "report.json").read_text()))
-        if self.processes.main:
-            recipe = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False)
-            (self.folder / _RECIPE).write_text(recipe)
-            (self.folder / "report.md").write_text(report.markdown())
+        recipe = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False)
+        (self.folder / _RECIPE).write_text(recipe)
+        (self.folder / "report.md").write_text(report.markdown())
         return report
 
     def _key(self, step: Step, before: str) -> str:

@@ -30,13 +30,15 @@ class Round:
         budget: share of the dense layers that may stay.
         given: the model that it prunes, by its folder in the run's.
         folder: of its artefacts, in the run's; "" where there is one round only.
-        result: what it ends with: "pruned", "compensated" or "distilled".
+        start: what distillation starts from: "pruned" or "compensated".
+        result: what it ends with: that, or "distilled".
     """
 
     number: int
     budget: Budget
     given: str
     folder: str
+    start: str
     result: str
 
     def path(self, artefact: str) -> str:
@@ -51,13 +53,13 @@ class Round:
     @staticmethod
     def of(recipe: Recipe) -> list[Round]:
         """The rounds of a recipe, one for each of its budgets."""
-        result = "compensated" if recipe.prune.compensate else "pruned"
-        result = "distilled" if recipe.distill else result
+        start = "compensated" if recipe.prune.compensate else "pruned"
+        result = "distilled" if recipe.distill else start
         rounds: list[Round] = []
         for number, budget in enumerate(recipe.prune.budgets, 1):
             folder = f"round-{number}" if len(recipe.prune.budgets) > 1 else ""
             given = rounds[-1].path(result) if rounds else "dense"
-            rounds.append(Round(number, Budget.parse(budget), given, folder, result))
+            rounds.append(Round(number, Budget.parse(budget), given, folder, start, result))
         return rounds
 
 

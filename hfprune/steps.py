@@ -345,8 +345,7 @@ class Steps:
 
     def make_distilled(self, this: Round, path: Path) -> None:
         """The smaller model, taught by the dense one."""
-        start = this.path("compensated" if self.recipe.prune.compensate else "pruned")
-        student = self.model(start)
+        student = self.model(this.path(this.start))
         self.training.distil(
             student, self.model("dense"), self.plan_of(this).layer_map, checkpoints_of(path)
         )

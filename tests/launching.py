@@ -1,0 +1,74 @@
+"""Start processes as launchers do; shared by the tests of several processes."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LAUNCHER = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+
+
+def environment(**values):
+    """This process's variables with one thread per process and the package of this repository."""
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        **{name: str(value) for name, value in values.items()},
+    }
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(code, rank, count, port):
+    """One of several processes that run some code, without a launcher that would stop them."""
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
+    values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(**values),
+    )
+
+
+def together(code, count=2, timeout=90):
+    """(exit status, stdout, stderr) of each of `count` processes that run some code."""
+    port = free_port()
+    processes = [start(code, rank, count, port) for rank in range(count)]
+    try:
+        ended = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, *texts) for p, texts in zip(processes, ended, strict=True)]
+
+
+def launch(script, *arguments, processes=2, options=(), timeout=120):
+    """What `accelerate launch` says when it starts a script of this repository."""
+    given = ["--num_processes", processes, "--main_process_port", free_port()]
+    given += options or ["--cpu", "--num_machines", 1, "--mixed_precision", "no"]
+    given += [] if options else ["--dynamo_backend", "no"]
+    ended = subprocess.run(
+        [*LAUNCHER, *map(str, given), str(ROOT / "scripts" / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env=environment(),
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended.stdout
+
+
+def losses(said):
+    """The training losses that a Trainer printed."""
+    return [float(loss) for loss in re.findall(r"'train_loss': '([\d.e-]+)'", said)]

@@ -1,0 +1,69 @@
+"""Several processes: they meet, agree, and when one fails the others stop with its error."""
+
+import time
+
+import pytest
+from launching import together
+
+from hfprune.processes import Processes
+
+HEAD = """
+import sys, time, torch
+import torch.distributed as dist
+from hfprune.errors import HfpruneError
+from hfprune.processes import launched
+"""
+
+
+def test_one_process_is_alone():
+    alone = Processes()
+    assert alone.main and alone.gather("a") == ["a"] and alone.told(True)
+    alone.agree("the plan", "x")
+    alone.stop_if_failed()
+    alone.fail(ValueError("mine"))
+
+
+def test_they_exchange_agree_or_say_on_what_they_do_not():
+    code = """
+with launched() as processes:
+    assert processes.gather(str(processes.rank)) == ["0", "1", "2"]
+    assert processes.told(processes.rank == 0)
+    processes.agree("the scores", "same")
+    print("main" if processes.main else "other", processes.device)
+assert not dist.is_initialized()
+with launched() as processes:
+    processes.agree("the plan", f"plan-{processes.rank}")
+"""
+    ended = together(HEAD + code, count=3)
+    assert [out for _, out, _ in ended] == ["main cpu\n", "other cpu\n", "other cpu\n"], ended
+    for status, _, err in ended:
+        assert status == 1
+        assert "do not agree on the plan (process 0: plan-0, process 1: plan-1, process 2" in err
+
+
+@pytest.mark.parametrize(
+    ("failing", "where"),
+    [
+        (0, "processes.gather()"),
+        pytest.param(1, "processes.gather()", marks=pytest.mark.slow),
+        pytest.param(0, "dist.all_reduce(torch.ones(8))", marks=pytest.mark.slow),
+        pytest.param(1, "dist.all_reduce(torch.ones(8))", marks=pytest.mark.slow),
+    ],
+)
+def test_one_that_fails_stops_the_others_with_its_error(failing, where):
+    """Whether they wait for it or are in a collective with it."""
+    code = f"""
+with launched() as processes:
+    if processes.rank == {failing}:
+        time.sleep(0.2)
+        raise HfpruneError("the disk is full")
+    {where}
+    processes.gather()
+"""
+    start = time.monotonic()
+    ended = together(HEAD + code)
+    assert time.monotonic() - start < 60
+    assert [status for status, _, _ in ended] == [1, 1]
+    other = ended[1 - failing][2]
+    assert f"OtherProcessError: Process {failing} failed: the disk is full" in other
+    assert "OtherProcessError" not in ended[failing][2]

@@ -1,0 +1,97 @@
+"""The scripts, started as users start them: alone, and by Accelerate on several processes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from launching import ROOT, environment, launch, losses
+from test_pipeline import at, generation
+
+import hfprune
+from hfprune.importance.scoring import Scores
+from hfprune.planning.plan import PruningPlan
+from hfprune.processes import Processes
+from hfprune.steps import Steps
+
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+
+
+def alone(script, *arguments):
+    """(exit status, stdout, stderr) of a script that plain Python runs."""
+    ended = subprocess.run(
+        [sys.executable, ROOT / "scripts" / script, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(),
+    )
+    return ended.returncode, ended.stdout, ended.stderr
+
+
+def test_scripts_are_short_and_the_command_line_does_the_work():
+    ours = [path for path in SCRIPTS if path.name != "fetch_quickstart.py"]
+    assert [path.stem for path in ours] == ["distill", "prune", "run", "score"]
+    for path in ours:
+        assert len(path.read_text().splitlines()) <= 60
+        assert f'main(["{path.stem}", *sys.argv[1:]])' in path.read_text()
+
+
+def test_a_script_says_what_is_wrong_in_one_line(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("modle: here\n")
+    status, _, err = alone("run.py", tmp_path / "recipe.yaml")
+    assert status == 2
+    assert err.startswith("hfprune: Unknown key in recipe 'modle'. Did you mean 'model'?")
+    assert len(err.splitlines()) == 1
+
+
+def recipes(folder: Path, count: int):
+    """Recipes of the same run with outputs of their own, each also in a file."""
+    made = []
+    for number in range(count):
+        distill = {"epochs": 3, "learning_rate": 1e-3, "batch_size": 4}
+        recipe = generation(folder / str(number), prune={"budget": "params=70%"}, distill=distill)
+        (folder / f"{number}.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
+        made.append(recipe)
+    # A last batch that is not full would be filled up, and two processes would see other examples.
+    assert len(Steps(made[0], str, Processes()).splits["train"]) % 4 == 0
+    return made
+
+
+def weights(recipe, name):
+    return hfprune.from_pretrained(at(recipe, name)).state_dict()
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(tmp_path):
+    one, two = recipes(tmp_path, 2)
+    status, said, err = alone("distill.py", tmp_path / "0.yaml")
+    assert status == 0, err
+    both = launch("distill.py", tmp_path / "1.yaml")
+    assert both.count("Planning ...") == 1, "one process tells"
+    scores = [Scores.load(at(recipe, "scores")) for recipe in (one, two)]
+    assert (scores[0].examples, scores[0].tokens) == (scores[1].examples, scores[1].tokens)
+    for criterion, groups in scores[0].importance.items():
+        for name, values in groups.items():
+            other = scores[1].by(criterion)[name]
+            torch.testing.assert_close(other, values, rtol=1e-5, atol=1e-9)
+    plans = [PruningPlan.load(at(recipe, "plan.json")) for recipe in (one, two)]
+    assert plans[0].keep == plans[1].keep
+    assert losses(both) == pytest.approx(losses(said), rel=1e-4) and losses(said)
+    trained, start = weights(one, "distilled"), weights(one, "compensated")
+    assert not trained["lm_head.weight"].equal(start["lm_head.weight"])
+    for name, tensor in weights(two, "distilled").items():
+        torch.testing.assert_close(tensor, trained[name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_each_script_stops_where_it_says(tmp_path):
+    (recipe,) = recipes(tmp_path, 1)
+    steps = ["dense", "scores", "plan.json", "kept.png", "pruned", "compensated"]
+    for script, last in (("score.py", "scores"), ("prune.py", "compensated")):
+        status, _, err = alone(script, tmp_path / "0.yaml")
+        assert status == 0, err
+        made = {path.name for path in at(recipe).iterdir()} - {"steps.json"}
+        assert made == set(steps[: steps.index(last) + 1])
