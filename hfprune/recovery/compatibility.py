@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-from hfprune.errors import RecipeError
+from hfprune.errors import RecipeError, unknown
 
 
 def refuse_arguments(args: TrainingArguments, trainer_arguments: Mapping[str, Any]) -> None:
@@ -27,6 +28,33 @@ def refuse_arguments(args: TrainingArguments, trainer_arguments: Mapping[str, An
             f"One process sees {args.n_gpu} GPUs; start with `accelerate launch` (one process per "
             "GPU), or set CUDA_VISIBLE_DEVICES to one of them."
         )
+
+
+def has_no_head(model: PreTrainedModel) -> bool:
+    """Whether the model is what `AutoModel` loads: states and no predictions."""
+    names = {n for found in MODEL_MAPPING_NAMES.values() for n in _names(found)}
+    return type(model).__name__ in names
+
+
+def _names(found: str | tuple[str, ...] | list[str]) -> list[str]:
+    return [found] if isinstance(found, str) else list(found)
+
+
+def refuse_missing_head(model: PreTrainedModel, weights: Mapping[str, float]) -> None:
+    """Refuse to compare the predictions of a model that makes none."""
+    asked = [f"{part}_weight" for part in ("task", "logits") if weights[part]]
+    if asked and has_no_head(model):
+        raise RecipeError(
+            f"A {type(model).__name__} has no task head, so there is nothing for "
+            f"{' and '.join(asked)}: set them to 0 and embedding_weight to 1 for sentence "
+            "embeddings, or load the model with its head."
+        )
+
+
+def refuse_unknown(what: str, given: str, allowed: Iterable[str]) -> None:
+    """Refuse a name that is not among the allowed."""
+    if given not in allowed:
+        raise RecipeError(unknown(what, given, allowed))
 
 
 def refuse_other_classes(student: PreTrainedModel, teacher: PreTrainedModel) -> None:

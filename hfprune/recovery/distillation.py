@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,22 @@ from hfprune.recovery.checkpoints import (
     training_format,
     use_cache,
 )
-from hfprune.recovery.compatibility import refuse_arguments, refuse_other_classes, submodule
+from hfprune.recovery.compatibility import (
+    has_no_head,
+    refuse_arguments,
+    refuse_missing_head,
+    refuse_other_classes,
+    refuse_unknown,
+    submodule,
+)
 from hfprune.recovery.losses import (
     Counted,
+    DistanceKind,
     Divergence,
     DivergenceKind,
+    embedding_loss,
     logits_loss,
+    pooled,
     spread_layers,
     state_loss,
 )
@@ -41,7 +51,8 @@ class DistillationArguments(TrainingArguments):
     """TrainingArguments with the weights of the parts of the loss and the divergence on the logits.
 
     The loss is the sum of weight x part; a part of weight 0 is neither computed nor logged. Parts
-    are logged as `loss_task`, `loss_logits`, `loss_hidden` and `loss_attention`, before weighting.
+    are logged as `loss_task`, `loss_logits`, `loss_hidden`, `loss_attention` and `loss_embedding`,
+    before weighting.
 
     Raises:
         RecipeError: a weight is negative, all are 0, or the divergence cannot be built.
@@ -58,6 +69,12 @@ class DistillationArguments(TrainingArguments):
     )
     attention_weight: float = dataclasses.field(
         default=0.0, metadata={"help": "Weight of the error of the attention outlets' outputs."}
+    )
+    embedding_weight: float = dataclasses.field(
+        default=0.0, metadata={"help": "Weight of the distance of mean-pooled embeddings."}
+    )
+    embedding_distance: DistanceKind = dataclasses.field(
+        default="cosine", metadata={"help": "Distance of two embeddings: cosine or mse."}
     )
     temperature: float = dataclasses.field(
         default=2.0, metadata={"help": "Temperature of both distributions; above 0."}
@@ -78,6 +95,7 @@ class DistillationArguments(TrainingArguments):
                 "above 0."
             )
         Divergence(self.divergence, self.temperature, self.skew).check()
+        refuse_unknown("embedding_distance", self.embedding_distance, get_args(DistanceKind))
         super().__post_init__()
 
     def weights(self) -> dict[str, float]:
@@ -87,6 +105,7 @@ class DistillationArguments(TrainingArguments):
             "logits": self.logits_weight,
             "hidden": self.hidden_weight,
             "attention": self.attention_weight,
+            "embedding": self.embedding_weight,
         }
 
 
@@ -95,7 +114,10 @@ class DistillationTrainer(Trainer):
 
     The teacher runs in eval mode under no_grad, in its own dtype, on the student's device; it is
     never wrapped, optimised or saved. In evaluation there is no teacher: `eval_loss` is the model's
-    own loss on held-out labels. With `args.load_best_model_at_end` the student as it came competes,
+    own loss on held-out labels. A model without a head, as `AutoModel` loads it, has neither labels
+    nor logits: it learns the teacher's sentence embeddings (`embedding_weight`), `eval_loss` is
+    their distance on held-out texts, and `compute_metrics` is given the embeddings, (examples,
+    width), as predictions. With `args.load_best_model_at_end` the student as it came competes,
     as checkpoint-0.
 
     Exactness: every part is a mean over what it counts (labels that are not -100, examples, or
@@ -139,6 +161,7 @@ class DistillationTrainer(Trainer):
     ) -> None:
         student = getattr(model, "get_base_model", lambda: model)()  # under PEFT's wrapper
         refuse_arguments(args, trainer_arguments)
+        refuse_missing_head(student, args.weights())
         if args.logits_weight:
             refuse_other_classes(student, teacher)
         if args.attention_weight and not attention_outlets:
@@ -166,6 +189,9 @@ class DistillationTrainer(Trainer):
             set(student.get_encoder().modules()) if student.config.is_encoder_decoder else set()
         )
         self._shifted = shifts_labels(student)
+        self._headless = has_no_head(student)
+        # Then evaluation asks compute_loss for a loss although there are no labels.
+        self.can_return_loss |= self._headless
         self._batches_begun, self._batches_of_step = 0, 1
         self._reset_parts()
 
@@ -191,7 +217,7 @@ class DistillationTrainer(Trainer):
         """Take the batches of one optimizer step and count what each part will be averaged over.
 
         Returns:
-            The batches, and an int64 tensor (3,): the sizes of `Counted` summed over them and all
+            The batches, and an int64 tensor (4,): the sizes of `Counted` summed over them and all
             processes.
         """
         if 0 < self.state.max_steps <= self.state.global_step:
@@ -222,6 +248,8 @@ class DistillationTrainer(Trainer):
         Raises:
             DataError: a part is not finite or cannot be computed from this batch.
         """
+        if not model.training and self._headless:
+            return self._held_out_embeddings(model, inputs, return_outputs)
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs)
         self._batches_begun += 1
@@ -253,9 +281,23 @@ class DistillationTrainer(Trainer):
             ]
             pairs = list(zip(student_outlets, sides, teacher_outlets, strict=True))
             parts["attention"] = _mean_state_loss("attention", pairs, counted, scale)
+        if self.args.embedding_weight:
+            distance = embedding_loss(student, teacher, counted, self.args.embedding_distance)
+            parts["embedding"] = distance * scale.examples
         self._record(parts, inputs)
         loss = torch.stack([self._weights[part] * value for part, value in parts.items()]).sum()
         return (loss, student) if return_outputs else loss
+
+    def _held_out_embeddings(
+        self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool
+    ) -> Any:
+        """The mean distance of a batch's embeddings from the teacher's, and the embeddings."""
+        counted = Counted.of(inputs, shifted=False)
+        student, teacher = model(**inputs), self._teacher_outputs(inputs, {})
+        distance = embedding_loss(student, teacher, counted, self.args.embedding_distance)
+        loss = distance / len(counted.examples)
+        outputs = {"loss": loss, "embeddings": pooled(student, counted)}
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the Trainer does, with the mean of each part since the last training log."""

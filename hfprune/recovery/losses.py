@@ -19,6 +19,7 @@ from hfprune.errors import DataError, RecipeError, unknown
 
 IGNORED = -100  # label of a position without a loss, in all of transformers
 DivergenceKind = Literal["forward", "reverse", "skewed"]
+DistanceKind = Literal["cosine", "mse"]
 
 
 class Counted(NamedTuple):
@@ -29,11 +30,13 @@ class Counted(NamedTuple):
         predictions: distributions to compare; (batch,) with one per example, (batch, tokens) at
             token level.
         positions: hidden states to compare; (batch, tokens), or (batch,) when no padding is marked.
+        examples: all of them; (batch,).
     """
 
     targets: Tensor
     predictions: Tensor
     positions: Tensor
+    examples: Tensor
 
     @classmethod
     def of(cls, batch: Mapping[str, Tensor], *, shifted: bool) -> Counted:
@@ -52,17 +55,18 @@ class Counted(NamedTuple):
         positions = mask.bool() if mask is not None and mask.dim() == 2 else examples
         labels = batch.get("labels")
         if labels is None:
-            return cls(examples, examples, positions)
+            return cls(examples, examples, positions, examples)
         if labels.is_floating_point():  # regression, multi-label: no value means "ignored"
-            return cls(torch.ones_like(labels, dtype=torch.bool), examples, positions)
+            values = torch.ones_like(labels, dtype=torch.bool)
+            return cls(values, examples, positions, examples)
         if labels.dim() == 1:
-            return cls(labels != IGNORED, examples, positions)
+            return cls(labels != IGNORED, examples, positions, examples)
         if shifted:
             labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        return cls(labels != IGNORED, labels != IGNORED, positions)
+        return cls(labels != IGNORED, labels != IGNORED, positions, examples)
 
     def sizes(self) -> Tensor:
-        """How much each mask counts: int64, shape (3,), in field order."""
+        """How much each mask counts: int64, shape (4,), in field order."""
         return torch.stack([mask.sum() for mask in self])
 
 
@@ -149,7 +153,8 @@ def logits_loss(
     if "logits" not in student:
         raise DataError(
             f"The model returns {', '.join(student)} and no logits to distil; set logits_weight to "
-            "0, or load it with its task head."
+            "0, and embedding_weight above it for sentence embeddings; or load it with its task "
+            "head."
         )
     _check_shapes("logits", student["logits"], teacher["logits"], counted.predictions, trailing=1)
     logits_q = student["logits"][counted.predictions]  # (n, classes)
@@ -179,7 +184,7 @@ def state_loss(student: Tensor, teacher: Tensor, counted: Tensor, part: str) -> 
     weight serves all layers and models.
 
     Args:
-        student: (batch, tokens, width).
+        student: (batch, tokens, width), or (batch, width).
         teacher: the same shape.
         counted: boolean (batch, tokens), or (batch,): then each example counts once, as the mean
             over its tokens.
@@ -193,7 +198,43 @@ def state_loss(student: Tensor, teacher: Tensor, counted: Tensor, part: str) -> 
     teacher = teacher[counted].float()
     scale = teacher.square().mean(-1).clamp_min(1e-6)
     error = (student - teacher).square().mean(-1) / scale  # (n,) or (batch, tokens)
-    return error.flatten(1).mean(1).sum() if counted.dim() == 1 else error.sum()
+    return error.flatten(1).mean(1).sum() if error.dim() > 1 else error.sum()
+
+
+def pooled(outputs: Mapping[str, Tensor], counted: Counted) -> Tensor:
+    """Sentence embeddings (batch, width), float32: the mean of the last states without padding.
+
+    Raises:
+        DataError: the model returns no `last_hidden_state`.
+    """
+    states = outputs.get("last_hidden_state")
+    if states is None:
+        raise DataError(
+            f"The model returns {', '.join(outputs)} and no last_hidden_state to pool; set "
+            "embedding_weight to 0, or load it without its task head."
+        )
+    if counted.positions.dim() == 1:
+        return states.float().mean(1)
+    mask = counted.positions.unsqueeze(-1)
+    return (states.float() * mask).sum(1) / mask.sum(1).clamp_min(1)
+
+
+def embedding_loss(
+    student: Mapping[str, Tensor],
+    teacher: Mapping[str, Tensor],
+    counted: Counted,
+    distance: DistanceKind,
+) -> Tensor:
+    """Distance of the student's sentence embeddings from the teacher's, summed over the examples.
+
+    - cosine: 1 - cos; the length of an embedding does not matter.
+    - mse: squared error relative to the teacher's mean square, as for hidden states.
+    """
+    ours, theirs = pooled(student, counted), pooled(teacher, counted)
+    if distance == "mse":
+        return state_loss(ours, theirs, counted.examples, "embedding")
+    _check_shapes("embedding", ours, theirs, counted.examples, trailing=None)
+    return (1 - F.cosine_similarity(ours, theirs, dim=-1)).sum()
 
 
 def _check_shapes(

@@ -14,6 +14,8 @@ from transformers import (
     BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
@@ -159,7 +161,8 @@ def trainer_of(student, teacher, folder, dataset=None, layer_map=None, outlets=N
 
 def part(student, teacher, batch, folder, name, **changes):
     """One part of the loss on one batch, as the trainer computes it."""
-    weights = {f"{each}_weight": 0.0 for each in ("task", "logits", "hidden", "attention")}
+    names = ("task", "logits", "hidden", "attention", "embedding")
+    weights = {f"{each}_weight": 0.0 for each in names}
     trainer = trainer_of(student, teacher, folder, **{**weights, f"{name}_weight": 1.0}, **changes)
     student.train()
     return trainer.compute_loss(student, dict(batch))
@@ -242,12 +245,21 @@ def test_causal_logits_count_the_positions_whose_next_label_counts(tmp_path):
     )
 
 
-@pytest.mark.parametrize("make", [t5, lambda width: bert(BertForMaskedLM, width)])
+def tagger(width):
+    return bert(BertForTokenClassification, width)
+
+
+def masked_lm(width):
+    return bert(BertForMaskedLM, width)
+
+
+@pytest.mark.parametrize("make", [t5, masked_lm, tagger])
 def test_unshifted_token_logits_count_the_labelled_positions(make, tmp_path):
     student, teacher = pair(make)
     batch = collate(examples(t5, 4))
-    if make is not t5:
-        batch["labels"] = torch.where(batch["input_ids"] > 20, batch["input_ids"], -100)
+    if make is not t5:  # as many masked words, or first pieces of words, as chance will have it
+        labels = batch["input_ids"] % (CLASSES if make is tagger else VOCABULARY)
+        batch["labels"] = torch.where(batch["input_ids"] > 20, labels, -100)
     ours, theirs = student(**batch).logits, teacher(**batch).logits
     where = (batch["labels"] != -100).nonzero().tolist()
     expected = [kl(theirs[row, at], ours[row, at]) for row, at in where]
@@ -326,6 +338,100 @@ def test_decoder_states_count_by_the_labels(tmp_path):
     torch.testing.assert_close(
         part(student, teacher, batch, tmp_path, "hidden"), sum(layers) / len(layers)
     )
+
+
+def encoder(width=32, hidden=16):
+    return bert(BertModel, width, hidden_size=hidden)
+
+
+def embeddings(model, batch):
+    """Mean over the tokens of each text, one at a time and without padding."""
+    lengths = batch["attention_mask"].sum(1).tolist()
+    with torch.no_grad():
+        return torch.stack(
+            [
+                model(input_ids=batch["input_ids"][row : row + 1, :length])[0][0].mean(0)
+                for row, length in enumerate(lengths)
+            ]
+        )
+
+
+def texts(count=16):
+    return [{k: v for k, v in row.items() if k != "labels"} for row in examples(bert, count)]
+
+
+@pytest.mark.parametrize("distance", ["cosine", "mse"])
+def test_sentence_embeddings_are_means_over_the_tokens(distance, tmp_path):
+    student, teacher = pair(encoder)
+    batch = collate(texts(5))
+    ours, theirs = embeddings(student, batch), embeddings(teacher, batch)
+    if distance == "cosine":
+        norms = ours.norm(dim=1) * theirs.norm(dim=1)
+        expected = (1 - (ours * theirs).sum(1) / norms).mean()
+    else:
+        expected = ((ours - theirs).square().mean(1) / theirs.square().mean(1)).mean()
+    loss = part(student, teacher, batch, tmp_path, "embedding", embedding_distance=distance)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_an_encoder_learns_embeddings_and_is_judged_by_them(tmp_path):
+    student, teacher = pair(encoder)
+    rows, seen = texts(), []
+
+    def judge(prediction):
+        seen.append(torch.as_tensor(prediction.predictions))
+        return {"far": 1.0}
+
+    args = arguments(
+        tmp_path,
+        task_weight=0.0,
+        logits_weight=0.0,
+        hidden_weight=0.0,
+        embedding_weight=1.0,
+        max_steps=12,
+        save_strategy="steps",
+        save_steps=6,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        per_device_eval_batch_size=4,
+    )
+    trainer = distill(student, teacher, rows, rows, args=args, data_collator=collate,
+                      compute_metrics=judge)  # fmt: skip
+    batch = collate(rows)
+    found, wanted = embeddings(student.eval(), batch), embeddings(teacher, batch)
+    assert trainer.metrics["kept_step"] == 12
+    torch.testing.assert_close(seen[-1], found, rtol=1e-4, atol=1e-5)
+    first = 1 - F.cosine_similarity(seen[0], wanted).mean()
+    last = 1 - F.cosine_similarity(found, wanted).mean()
+    assert last < 0.5 * first
+    history = json.loads((tmp_path / "checkpoint-12/trainer_state.json").read_text())
+    judged = [log["eval_loss"] for log in history["log_history"] if "eval_loss" in log]
+    assert judged == pytest.approx([first.item(), judged[1], last.item()], rel=1e-3)
+
+
+def test_accumulated_embeddings_are_those_of_the_whole_batch(tmp_path):
+    weighed = {"task_weight": 0.0, "logits_weight": 0.0, "hidden_weight": 0.0}
+    found = []
+    for accumulation in (1, 4):
+        student, teacher = pair(encoder)
+        changes = {
+            "per_device_train_batch_size": 8 // accumulation,
+            "gradient_accumulation_steps": accumulation,
+            "embedding_weight": 1.0,
+        }
+        trainer_of(student, teacher, tmp_path, texts(), max_steps=2, **weighed, **changes).train()
+        found.append(weights(student))
+    assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_predictions_are_not_asked_of_a_model_without_a_head(tmp_path):
+    student, teacher = pair(encoder)
+    with pytest.raises(RecipeError, match="nothing for logits_weight: set them to 0 and embedding"):
+        trainer_of(student, teacher, tmp_path, task_weight=0.0)
+    with pytest.raises(DataError, match="no last_hidden_state to pool"):
+        part(*pair(bert), collate(examples(bert, 2)), tmp_path, "embedding")
+    with pytest.raises(DataError, match="embedding has shape"):
+        part(student, encoder(hidden=32), collate(texts(2)), tmp_path, "embedding")
 
 
 def test_attention_outlets_are_matched_and_their_hooks_removed(tmp_path):
@@ -704,6 +810,7 @@ def test_the_start_competes_also_in_a_run_that_goes_on(metric, killed_at, tmp_pa
         ({"temperature": 0.0}, "temperature is 0"),
         ({"skew": 1.0}, "skew is 1"),
         ({"divergence": "foward"}, "Did you mean 'forward'"),
+        ({"embedding_distance": "cosin"}, "Did you mean 'cosine'"),
     ],
 )
 def test_bad_arguments_are_refused(changes, message, tmp_path):
