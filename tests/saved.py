@@ -21,7 +21,9 @@ BASE = {"id": "base/bert", "revision": "5" * 40}
 def plan_of(model, seed=0):
     """A plan with a random, uneven choice of units."""
     anatomy = Anatomy.of(model)
-    return PruningPlan(anatomy, tiny.selection(anatomy, seed), Budget.parse("macs=50%"), "fisher", 9)
+    return PruningPlan(
+        anatomy, tiny.selection(anatomy, seed), Budget.parse("macs=50%"), "fisher", 9
+    )
 
 
 def pruned(seed=0, base=None):
@@ -55,7 +57,8 @@ def report(names=("dense", "distilled"), metric="accuracy"):
         )
 
     variants = tuple(variant(*pair) for pair in enumerate(names))
-    return Report(variants, 9, {"CPU": "a fine one", "torch": "9.9"}, {"dense": 61.5})
+    machine = {"CPU": "a fine one", "torch": "9.9"}
+    return Report(variants, 9, machine, {"dense": 61.5}, recipe=RECIPE)
 
 
 RECIPE = {

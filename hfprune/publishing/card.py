@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
     from jinja2 import Template
 
-    from hfprune.publishing.report import Report, Variant
+    from hfprune.publishing.report import Report
 
 BEGIN = "<!-- hfprune: what stands between these two marks is written anew when published -->"
 END = "<!-- /hfprune -->"
@@ -166,10 +166,10 @@ def _results(parcel: Parcel) -> list[EvalResult]:
     """What was measured on the test split, for model-index."""
     from huggingface_hub import EvalResult
 
-    measured, data = _variant(parcel), parcel.recipe.get("data")
-    task = task_of(parcel)
-    if measured is None or not data or not task:
+    report, data, task = _measured(parcel), parcel.recipe.get("data"), task_of(parcel)
+    if report is None or not data or not task:
         return []
+    quality = report.result.quality
     named = data.get("dataset") or Path(data["test"]).name
     return [
         EvalResult(
@@ -179,16 +179,16 @@ def _results(parcel: Parcel) -> list[EvalResult]:
             dataset_config=data.get("config"),
             dataset_split=data["test"] if data.get("dataset") else "test",
             dataset_revision=data.get("revision"),
-            metric_type=measured.quality.metric,
-            metric_value=round(measured.quality.value, 6),
+            metric_type=quality.metric,
+            metric_value=round(quality.value, 6),
         )
     ]
 
 
-def _variant(parcel: Parcel) -> Variant | None:
-    """The published model in the report."""
-    found = parcel.report.variants if parcel.report else ()
-    return next((v for v in found if v.name == parcel.name), None)
+def _measured(parcel: Parcel) -> Report | None:
+    """The report, if it is of the published model."""
+    report = parcel.report
+    return report if report and report.result.name == parcel.name else None
 
 
 @cache
@@ -206,13 +206,14 @@ def _template() -> Template:
 
 def _page(parcel: Parcel, repo_id: str, revision: str | None) -> str:
     """The part of the page that hfprune writes."""
-    report = parcel.report if _variant(parcel) else None
+    report = _measured(parcel)
     base = base_of(parcel)
     text = _template().render(
         title=repo_id.split("/")[-1],
         summary=_summary(parcel),
         picture=parcel.picture,
-        table=_table(report, parcel.name) if report else "",
+        facts=report.facts() if report else [],
+        table=_table(report) if report else "",
         caption=report.caption() if report else "",
         sizes="" if report else _sizes(parcel),
         repo_id=repo_id,
@@ -260,13 +261,11 @@ def _units(parcel: Parcel) -> str:
     return " and ".join(parts) or "units"
 
 
-def _table(report: Report, name: str) -> str:
+def _table(report: Report) -> str:
     """Dense and published side by side, one row a figure: narrow enough for a phone."""
-    header, *rows = report.cells()
-    names = [variant.name for variant in report.variants]
-    dense, pruned = rows[0], rows[names.index(name)]
+    header, dense, *_, result = report.cells()
     lines = ["| | dense | pruned |", "|---|---:|---:|"]
-    for what, before, after in list(zip(header, dense, pruned, strict=True))[1:]:
+    for what, before, after in list(zip(header, dense, result, strict=True))[1:]:
         lines.append(f"| {what} | {before} | {after} |")
     return "\n".join(lines)
 
@@ -324,34 +323,23 @@ def _made(parcel: Parcel) -> list[str]:
     machine = parcel.report.machine if parcel.report else {}
     versions = ", ".join(f"{name} {value}" for name, value in machine.items())
     lines.append(f"Seed {recipe['seed']}. {versions}.".replace(" .", ""))
-    return [*lines, "`recipe.yaml` holds every setting: `hfprune run recipe.yaml` does it again."]
+    return [*lines, "`recipe.yaml` holds every setting; `hfprune run recipe.yaml` does it again."]
 
 
 def _training(settings: Mapping[str, Any]) -> str:
     return (
-        f"{settings['epochs']:g} epochs, batches of {settings['batch_size']}, learning rate"
+        f"epochs {settings['epochs']:g}, batches of {settings['batch_size']}, learning rate"
         f" {settings['learning_rate']:g}"
     )
 
 
 def _limits(parcel: Parcel) -> list[str]:
-    lines = []
-    measured = _variant(parcel)
-    if measured is None:
-        lines.append("Its quality was not measured. Judge it on data of the kind you will serve.")
-    else:
-        lines.append(
-            f"Quality was measured on {measured.quality.examples:,} examples of one data set."
-            " Pruning for one task costs quality on others: judge on data of the kind you will"
-            " serve."
-        )
-        difference = measured.difference
-        if difference and difference.low <= 0 <= difference.high:
-            lines.append(
-                "The difference to the dense model is within chance on these examples; that is no"
-                " proof that there is none."
-            )
-        lines.append("Latency was measured on the machine above; on another one it differs.")
+    report = _measured(parcel)
+    lines = (
+        report.caveats()
+        if report
+        else ["Its quality was not measured. Judge it on data of the kind you will serve."]
+    )
     if not parcel.is_stock:
         lines.append(
             "Its layers have other shapes than the stock model's: transformers refuses it without"

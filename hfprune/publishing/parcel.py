@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,8 @@ CARD = "README.md"
 _MODEL = {".safetensors", ".json", ".jinja", ".txt", ".model", ".spm", ".codes", ".tiktoken"}
 _NOT_MODEL = {RECORD, "trainer_state.json"}
 _BESIDE = ("plan.json", "kept.png")
-_OF_RUN = ("report.json", "report.md", "report.html", "figures/*.png", "figures/*.svg")
+_OF_RUN = {"report.json", "report.md", "report.html"}
+_FIGURES = ("figures/*.png", "figures/*.svg")
 _READABLE = 1_000_000  # text files up to this many bytes are looked through for secrets
 
 
@@ -142,13 +143,18 @@ def _parcel_of(model: Path, beside: Path, run: Path, name: str = "") -> Parcel:
             left_out.append(inside)
     if not any(inside.endswith(".safetensors") for inside in files):
         raise PublishError(f"{model} has no weights in safetensors files.")
-    for place, patterns in ((beside, _BESIDE), (run, _OF_RUN)):
+    for place, patterns in ((beside, _BESIDE), (run, (*_OF_RUN, *_FIGURES))):
         for path in sorted(p for pattern in patterns for p in place.glob(pattern)):
             files[path.relative_to(place).as_posix()] = path
     recipe = {}
     with suppress(FileNotFoundError):
-        recipe = _without_places(yaml.safe_load((run / "recipe.yaml").read_text()))
+        said = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+        places = sorted(_places(said), key=len, reverse=True)
+        recipe = _without_places(said, places)
         files["recipe.yaml"] = yaml.safe_dump(recipe, sort_keys=False).encode()
+        for inside in _OF_RUN & files.keys():
+            text = _without_places((run / inside).read_text(encoding="utf-8"), places)
+            files[inside] = text.encode()
     _look_through(files, recipe)
     plan, report = beside / "plan.json", run / "report.json"
     return Parcel(
@@ -188,14 +194,24 @@ def _not_pruned(what: str) -> str:
     )
 
 
-def _without_places(values: Any) -> Any:
-    """A recipe whose absolute paths, which mean nothing elsewhere, are cut to their last part."""
+def _places(values: Any) -> set[str]:
+    """The absolute paths in a recipe."""
+    if isinstance(values, dict | list):
+        inside = values.values() if isinstance(values, dict) else values
+        return set().union(*map(_places, inside))
+    absolute = isinstance(values, str) and (values.startswith("~") or os.path.isabs(values))
+    return {values} if absolute else set()
+
+
+def _without_places(values: Any, places: Sequence[str]) -> Any:
+    """Values whose absolute paths, which mean nothing elsewhere, are cut to their last part."""
     if isinstance(values, dict):
-        return {key: _without_places(value) for key, value in values.items()}
+        return {key: _without_places(value, places) for key, value in values.items()}
     if isinstance(values, list):
-        return [_without_places(value) for value in values]
-    if isinstance(values, str) and (values.startswith("~") or os.path.isabs(values)):
-        return Path(values).name
+        return [_without_places(value, places) for value in values]
+    if isinstance(values, str):
+        for place in places:
+            values = values.replace(place, Path(place).name)
     return values
 
 

@@ -81,14 +81,15 @@ def test_every_figure_of_the_page_was_measured(run):
     shares = f"{plan.macs_share:.0%} {plan.params_share:.0%}"
     shares += f" {plan.macs_share:.1%} {plan.params_share:.1%} 95 % {plan.budget}"
     for figure in FIGURE.finditer(text):
-        known = cells + shares + report.caption()
+        known = cells + shares + report.markdown()
         assert figure[0] in known or figure[0].replace("%", " %") in known, figure[0]
     header, dense, distilled = report.cells()
     for what, before, after in list(zip(header, dense, distilled, strict=True))[1:]:
         assert f"| {what} | {before} | {after} |" in text
     assert "![" in text and "(kept.png)" in text
     assert "1,024 examples" in text and "Seed 7" in text and "CPU a fine one" in text
-    assert "within chance" in text  # the interval of the difference includes 0
+    assert "No difference in accuracy can be shown" in text  # its interval includes 0
+    assert all(f"- {caveat}" in text for caveat in report.caveats())
     heads = [g for g in plan.anatomy if g.kind == "head"]
     kept = sum(len(plan.keep[g.name]) for g in heads)
     assert f"attention heads ({sum(g.units for g in heads)} to {kept})" in text

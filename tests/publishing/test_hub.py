@@ -92,7 +92,8 @@ def test_a_run_arrives_with_its_papers(hub, tmp_path):
     assert found.keys() == MODEL_FILES | papers | {".gitattributes"}
     assert b"somebody" not in b"".join(found.values())  # absolute paths say who and where
     assert yaml.safe_load(found["recipe.yaml"])["data"]["test"] == "test.jsonl"
-    for name in papers - {"recipe.yaml"}:
+    assert json.loads(found["report.json"])["recipe"]["data"]["test"] == "test.jsonl"
+    for name in papers - {"recipe.yaml", "report.json"}:
         assert found[name] == (run / name).read_bytes()
 
 
