@@ -16,7 +16,7 @@ from hfprune.importance.scoring import score
 from hfprune.planning.plan import PruningPlan
 from hfprune.structure.checkpoint import from_pretrained
 
-COMMANDS = {"run", "inspect", "score", "plan", "remove", "push", "check"}
+COMMANDS = {"distill", "prune", "run", "inspect", "score", "plan", "remove", "push", "check"}
 
 
 def hfprune(monkeypatch, capsys, *arguments):
@@ -128,6 +128,14 @@ def test_score_plan_and_remove(run, recipe, model, tmp_path):
     assert status == 2 and "cannot hold fewer heads" in err
     status, _, err = run("plan", model, scores, "macs=60%", "--experts", 2)
     assert status == 2 and "has no routed experts" in err
+
+
+def test_prune_and_distill_walk_a_recipe_that_far(run, recipe, tmp_path):
+    for command in ("prune", "distill"):  # the recipe does not distil: both end at the same model
+        status, out, _ = run(command, recipe)
+        assert status == 0 and "Compensating by least squares" in out
+    assert (tmp_path / "run" / "compensated" / "config.json").is_file()
+    assert not (tmp_path / "run" / "report.json").exists()
 
 
 def test_push_says_what_it_would_upload(run, tmp_path):
