@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from hfprune.planning.budget import Limit
+from hfprune.planning.latency import LatencyTable, measure_latency
 from hfprune.structure.anatomy import Anatomy, Group
 from hfprune.structure.cost import (
     Selection,
@@ -32,18 +33,28 @@ class Meter:
     of_all: Callable[[Selection], int]
 
 
-def meter(limit: Limit, model: PreTrainedModel, anatomy: Anatomy, tokens: int) -> Meter:
+def meter(
+    limit: Limit,
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    tokens: int,
+    latency: LatencyTable | None = None,
+) -> Meter:
     """What counts the resource of a limit.
 
     Args:
         limit: of a budget.
-        model: whose weights and cache take memory.
+        model: whose weights and cache take memory, and which takes time.
         anatomy: of the model.
         tokens: length of an example, where the limit does not say it.
+        latency: where the time goes; measured now, if it is needed and None.
 
     Raises:
-        UnsupportedModelError: memory of a model whose weights are not all of one size.
+        UnsupportedModelError: memory of a model whose weights are not all of one size, or latency
+            of one that reads neither text nor images.
+        HfpruneError: a latency table of another model, or of other batches than the limit's.
     """
+    shape = limit.shape or (1, tokens)
     if limit.resource == "macs":
         return Meter(
             lambda group, units, kv: group_macs(group, units, kv, tokens),
@@ -51,5 +62,9 @@ def meter(limit: Limit, model: PreTrainedModel, anatomy: Anatomy, tokens: int) -
         )
     if limit.resource == "params":
         return Meter(group_params, lambda keep: layers_params(anatomy, keep))
-    memory = Memory.of(model, *(limit.shape or (1, tokens)))
-    return Meter(memory.of_group, memory.of_all)
+    if limit.resource == "memory":
+        memory = Memory.of(model, *shape)
+        return Meter(memory.of_group, memory.of_all)
+    table = latency or measure_latency(model, *shape)
+    table.check_fits(model, *shape)
+    return Meter(table.of_group, lambda keep: table.of_all(anatomy, keep))

@@ -19,6 +19,7 @@ from hfprune.importance.scoring import Scores
 from hfprune.planning.budget import Budget
 from hfprune.planning.constraints import Constraints
 from hfprune.planning.knapsack import Choice, Ints, choose
+from hfprune.planning.latency import LatencyTable
 from hfprune.planning.offers import Offer, offer, tied
 from hfprune.planning.plan import PruningPlan, Spending
 from hfprune.planning.resources import Meter, meter
@@ -35,6 +36,7 @@ def plan(
     criterion: str = "fisher",
     constraints: Constraints | None = None,
     tokens: int | None = None,
+    latency: LatencyTable | None = None,
 ) -> PruningPlan:
     """Choose what to keep of a model under a budget.
 
@@ -46,16 +48,21 @@ def plan(
             constraints' tolerance below one of them. "memory=400MB@1x128" and
             "memory=60%@1x128" limit the bytes of the whole model's weights and of its key-value
             cache, of 1 example of 128 tokens here; without an @, of one example of `tokens`.
+            "latency=8ms@1x128" and "latency=60%@1x128" limit the time of the whole model's forward
+            pass on this machine.
         criterion: by which importance.
         constraints: floors, granularity, and what must stay; by default one head and one neuron per
             layer at least.
         tokens: length of the example whose MACs are counted; by default the calibration data's
             mean.
+        latency: from `hfprune.measure_latency`, for a budget of latency; by default it is measured
+            now, which takes seconds to minutes. A table that is read back plans for the machine
+            that it was measured on.
 
     Raises:
         BudgetError: no structure meets the budget; the message names the nearest that one can.
         HfpruneError: the scores belong to another model, the criterion was not scored, or the
-            constraints do not fit the model.
+            constraints or the latency table do not fit the model.
     """
     anatomy = Anatomy.of(model)
     if scores.fingerprint != anatomy.fingerprint:
@@ -77,7 +84,7 @@ def plan(
         anatomy,
         importance,
         asked,
-        [meter(limit, model, anatomy, tokens) for limit in asked.limits],
+        [meter(limit, model, anatomy, tokens, latency) for limit in asked.limits],
         criterion=criterion,
         constraints=constraints,
         tokens=tokens,
