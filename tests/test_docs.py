@@ -4,8 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import saved
+import typer
 from transformers import CONFIG_MAPPING
 
+from hfprune import cli
 from hfprune.structure.architectures import ROWS
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -39,6 +42,24 @@ def test_a_new_family_is_added_and_pruned(registries, tmp_path, monkeypatch, cap
     assert "plain" in ROWS
     assert names["plan"].params_share == pytest.approx(0.6, abs=0.01)
     assert type(names["again"]).__name__ == "PlainClassifier"
+
+
+@pytest.mark.slow
+def test_a_run_is_published_as_the_page_says(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    saved.run(tmp_path / "runs" / "minilm-movie")
+    names = run(DOCS / "publishing.md")
+    assert "{'hfprune': 0.0, 'remote-code': 0.0}" in capsys.readouterr().out
+    assert set(hub.repos) == {"me/minilm-half", "me/minilm-other", "me/minilm"}
+    assert hub.repos["me/minilm-other"].private
+    assert names["half"].config.hfprune == names["model"].config.hfprune
+
+
+def test_the_page_on_publishing_names_options_that_are_there():
+    push = typer.main.get_command(cli.app).commands["push"]
+    options = {name for option in push.params for name in (*option.opts, *option.secondary_opts)}
+    named = set(re.findall(r"--[a-z][a-z-]+", (DOCS / "publishing.md").read_text(encoding="utf-8")))
+    assert {"--dry-run", "--rehearse", "--revision"} <= named <= options
 
 
 def test_links_lead_somewhere():
