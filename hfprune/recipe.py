@@ -224,6 +224,9 @@ class Recipe:
     @staticmethod
     def from_dict(values: Any) -> Recipe:
         """Build a recipe from plain values; see `load`."""
+        from hfprune.publishing.secrets import refuse_secrets
+
+        refuse_secrets(values, "recipe")  # before an error message could repeat one
         return _build(Recipe, values, "recipe")
 
     def to_dict(self) -> dict[str, Any]:

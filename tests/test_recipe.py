@@ -257,3 +257,18 @@ def test_every_field_is_explained():
     for cls in CLASSES:
         for field in dataclasses.fields(cls):
             assert f"{field.name}" in cls.__doc__, f"{cls.__name__}.{field.name}"
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("model", "hf_" + "aB3" * 12),
+        ("seed", "hf_" + "aB3" * 12),  # of the wrong type, which an error would repeat
+        ("data.train", "https://me:aB3aB3@example.org/train.jsonl"),
+        ("score.hub_token", "aB3aB3"),
+    ],
+)
+def test_a_secret_is_refused_and_not_repeated(values, path, value):
+    with pytest.raises(HfpruneError, match=r"recipe\..* looks like a secret") as caught:
+        Recipe.from_dict(put(values, path, value))
+    assert path in str(caught.value) and "aB3aB3" not in str(caught.value)
