@@ -161,11 +161,13 @@ class Measure:
 
     Attributes:
         batch_sizes: batch sizes whose latency is measured.
+        lengths: tokens per example at which it is measured besides, at every batch size.
         repeats: timed runs of each model, interleaved.
         threads: CPU threads; 0 leaves torch's default.
     """
 
     batch_sizes: tuple[int, ...] = (1, 32)
+    lengths: tuple[int, ...] = ()
     repeats: int = 30
     threads: int = 0
 

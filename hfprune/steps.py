@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import platform
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfprune.data import Batches, blocks, labelled, load_texts
@@ -23,7 +22,8 @@ from hfprune.evaluation.evaluate import (
     evaluate_perplexity,
     paired_difference,
 )
-from hfprune.evaluation.measure import measure_side_by_side
+from hfprune.evaluation.hardware import machine
+from hfprune.evaluation.measure import check_length, measure_side_by_side
 from hfprune.importance.criteria import criterion_named
 from hfprune.importance.scoring import Scores, score
 from hfprune.planning.plan import PruningPlan
@@ -31,8 +31,10 @@ from hfprune.planning.solve import Constraints, plan
 from hfprune.processes import Processes
 from hfprune.pruning import remove
 from hfprune.publishing.figures import draw_kept, kept_as_text
+from hfprune.publishing.page import write_page
 from hfprune.publishing.reload import WAYS, reload_and_compare
-from hfprune.publishing.report import Report, Variant
+from hfprune.publishing.report import CurvePoint, Report, Variant
+from hfprune.publishing.units import Pruning
 from hfprune.recipe import Recipe
 from hfprune.recovery.compensation import compensate
 from hfprune.rounds import Round, budget_on_given, constraints_on_given, in_all
@@ -124,6 +126,7 @@ class Steps:
                 self._sections("measure"),
                 self.make_report,
             ),
+            Step("Drawing the report", "report.html", {}, self.make_page),
         ]
 
     def _of_round(self, this: Round) -> list[Step]:
@@ -241,6 +244,8 @@ class Steps:
         self._check_data()
         model = self._load_dense()
         self.constraints.check(model)
+        if self.recipe.measure.lengths:
+            check_length(model, self._probe(), max(self.recipe.measure.lengths))
         if self.recipe.finetune:
             self.training.finetune(model, checkpoints_of(path))
         self.save(model, path)
@@ -325,9 +330,7 @@ class Steps:
         """A picture of what stays of the dense model."""
         plan = self.plan_of(this)
         self.say(kept_as_text(plan))
-        drawn = path.with_suffix(".tmp.png")  # the ending tells matplotlib the format
-        draw_kept(plan, drawn)
-        drawn.rename(path)
+        draw_kept(plan, path)
 
     def make_pruned(self, this: Round, path: Path) -> None:
         """The smaller model, its weights as they were."""
@@ -368,6 +371,7 @@ class Steps:
 
     def make_report(self, path: Path) -> None:
         """Quality and cost of every variant, side by side."""
+        start = time.perf_counter()
         models = {name: self.model(name) for name in self.variants}
         classify = self.recipe.task == "text-classification"
         test = Batches(self.splits["test"], self.tokenizer, self.recipe.score.batch_size)
@@ -382,12 +386,14 @@ class Steps:
             models,
             timed,
             folders={name: self.folder / name for name in self.variants},
+            lengths=self.recipe.measure.lengths,
             repeats=self.recipe.measure.repeats,
             threads=self.recipe.measure.threads or None,
         )
         tokens = self.plan.tokens
         one = {"input_ids": torch.full((1, tokens), self.tokenizer.pad_token_id or 0)}
         one["attention_mask"] = torch.ones_like(one["input_ids"])
+        seconds = {name: entry["seconds"] for name, entry in steps_done(self.folder).items()}
         report = Report(
             variants=tuple(
                 Variant(
@@ -407,15 +413,30 @@ class Steps:
                 for name in self.variants
             ),
             tokens=tokens,
-            machine={
-                "CPU": platform.processor() or platform.machine(),
-                "threads": str(torch.get_num_threads()),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            seconds={name: entry["seconds"] for name, entry in steps_done(self.folder).items()},
+            machine=machine(),
+            seconds=seconds | {"report.json": round(time.perf_counter() - start, 1)},
+            pruning=Pruning.of(self.plan, self.scores),
+            recipe=self.recipe.to_dict(),
+            curve=self._curve(quality),
         )
         path.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+
+    def _curve(self, quality: Mapping[str, Quality]) -> tuple[CurvePoint, ...]:
+        """Quality after every round, over the share of the MACs that stays; none for one round."""
+        if len(self.rounds) == 1:
+            return ()
+        criterion = self.recipe.prune.criterion
+        found = [("dense", 1.0, quality["dense"])]
+        found += [
+            (criterion, self.plan_of(r).macs_share, quality[r.path(r.result)]) for r in self.rounds
+        ]
+        return tuple(
+            CurvePoint(share, q.value, q.low, q.high, series) for series, share, q in found
+        )
+
+    def make_page(self, path: Path) -> None:
+        """The report as a page, with its pictures beside it."""
+        write_page(Report.from_dict(json.loads((self.folder / "report.json").read_text())), path)
 
 
 def checkpoints_of(artefact: Path) -> Path:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from hfprune.errors import DataError, HfpruneError, RecipeError
 from hfprune.importance.scoring import Scores
 from hfprune.planning.plan import PruningPlan
 from hfprune.publishing.report import Report
+from hfprune.publishing.units import Pruning
 from hfprune.recipe import Recipe
 
 STEPS = {
@@ -34,6 +36,7 @@ STEPS = {
     "distilled": "Distilling",
     "reloaded.json": "Reloading in a fresh process",
     "report.json": "Evaluating and measuring",
+    "report.html": "Drawing the report",
 }
 
 
@@ -52,7 +55,7 @@ def make(folder: Path, family="bert", **changes) -> Recipe:
         "score": {"examples": 24, "batch_size": 4},
         "prune": {"budget": "macs=50%"},
         "distill": {"epochs": 1, "learning_rate": 1e-3, "batch_size": 8},
-        "measure": {"batch_sizes": [1, 4], "repeats": 2},
+        "measure": {"batch_sizes": [1, 4], "lengths": [6, 24], "repeats": 2},
     }
     return Recipe.from_dict(values | changes)
 
@@ -99,7 +102,7 @@ def leftovers(recipe: Recipe):
 def test_a_run_leaves_every_artefact(finished):
     recipe, _, said = finished
     found = {p.name for p in at(recipe).iterdir()}
-    assert found == {*STEPS, "steps.json", "recipe.yaml", "report.md"}
+    assert found == {*STEPS, "steps.json", "recipe.yaml", "report.md", "figures"}
     assert not done_before(said)
     for text in STEPS.values():
         assert f"{text} ..." in said
@@ -141,11 +144,18 @@ def test_the_report_is_of_these_models(finished):
         model = hfprune.from_pretrained(at(recipe, variant.name))
         assert variant.params == model.num_parameters()
         assert variant.measured.latency.keys() == {1, 4}
+        assert variant.measured.latency_by_length[4].keys() == {6, 24}
         assert variant.quality.examples == 12
         weights = at(recipe, f"{variant.name}/model.safetensors")
         assert variant.measured.file_bytes == weights.stat().st_size
+    plan = PruningPlan.load(at(recipe, "plan.json"))
+    assert report.pruning == Pruning.of(plan, Scores.load(at(recipe, "scores")))
+    assert report.recipe == json.loads(json.dumps(recipe.to_dict()))
+    page = at(recipe, "report.html").read_text()
+    assert all(cell in unescape(page) for row in report.cells()[1:] for cell in row)
+    assert at(recipe, "figures/latency-length-4.svg").is_file()
     assert report.variants[1].macs < report.variants[0].macs
-    assert report.seconds.keys() == set(STEPS) - {"report.json"}
+    assert report.seconds.keys() == set(STEPS) - {"report.html"}
 
 
 def test_a_finished_run_does_nothing_again(finished):
@@ -343,6 +353,12 @@ def test_data_that_cannot_serve(rows, message, finetuned, recipe, tmp_path):
 def test_a_batch_that_the_test_split_cannot_fill(recipe):
     with pytest.raises(RecipeError, match="12 examples, too few for a batch of 13"):
         hfprune.run(changed(recipe, "measure", batch_sizes=(1, 13)), say=str)
+    assert files(at(recipe)) == ["steps.json"]
+
+
+def test_a_length_that_the_model_does_not_run_at(recipe):
+    with pytest.raises(DataError, match=r"65 tokens .*max_position_embeddings is 64"):
+        hfprune.run(changed(recipe, "measure", lengths=(65, 8)), say=str)
     assert files(at(recipe)) == ["steps.json"]
 
 

@@ -13,9 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +23,13 @@ import numpy as np
 
 from hfprune.errors import CheckpointError, DataError, HfpruneError
 from hfprune.evaluation.evaluate import inference, model_inputs
+from hfprune.evaluation.hardware import energy_per_example
 
 if TYPE_CHECKING:
     import torch
 
 WARM_UP = 3
 """Untimed runs of each model before the timed ones."""
-
-ENERGY_SECONDS = 5.0
-"""How long a model runs while its energy is read: counters tick in milliseconds."""
-
-JOULES_PER_KWH = 3.6e6
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,9 @@ class Measurement:
     Attributes:
         device: Where the model ran, such as `cpu` or `cuda:0`.
         threads: CPU threads of an operation.
-        latency: By batch size.
+        latency: By batch size, on the examples as they are.
+        latency_by_length: By batch size, then by tokens of an example; empty if no lengths were
+            asked for.
         peak_memory: Bytes that loading the model and one pass over the largest batch need at
             their peak, see `peak_memory`; None without a folder or where it cannot be read.
         file_bytes: Bytes of the saved weights; None without a folder.
@@ -73,18 +71,25 @@ class Measurement:
     peak_memory: int | None = None
     file_bytes: int | None = None
     energy_per_example: float | None = None
+    latency_by_length: dict[int, dict[int, Latency]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers, ready for JSON (whose keys are strings)."""
+        by_length = self.latency_by_length.items()
         return asdict(self) | {
-            "latency": {str(size): asdict(latency) for size, latency in self.latency.items()}
+            "latency": _with_text_keys(self.latency),
+            "latency_by_length": {str(size): _with_text_keys(line) for size, line in by_length},
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Measurement:
         """The Measurement that `to_dict` wrote."""
-        latency = {int(size): Latency(**values) for size, values in data["latency"].items()}
-        return cls(**{**data, "latency": latency})
+        by_length = data.get("latency_by_length", {}).items()
+        latencies = {
+            "latency": _with_number_keys(data["latency"]),
+            "latency_by_length": {int(size): _with_number_keys(line) for size, line in by_length},
+        }
+        return cls(**{**data, **latencies})
 
 
 def measure_side_by_side(
@@ -92,6 +97,7 @@ def measure_side_by_side(
     batches: Mapping[int, Mapping[str, torch.Tensor]],
     *,
     folders: Mapping[str, str | Path] | None = None,
+    lengths: Sequence[int] = (),
     repeats: int = 30,
     threads: int | None = None,
 ) -> dict[str, Measurement]:
@@ -104,11 +110,13 @@ def measure_side_by_side(
         models: By name.
         batches: A batch per batch size, such as `{1: ..., 32: ...}`; labels are left out.
         folders: Where models are saved, by the same names, for memory and file size.
-        repeats: Timed runs of each model at each batch size.
+        lengths: Tokens of an example; each batch is timed again at each of these lengths.
+        repeats: Timed runs of each model at each batch size and length.
         threads: CPU threads of an operation; None leaves torch's own number.
 
     Raises:
-        DataError: Nothing to measure, a batch that is not of its size, or a folder of no model.
+        DataError: Nothing to measure, a batch that is not of its size, a folder of no model, or a
+            length that a model does not run at.
     """
     import torch
 
@@ -126,10 +134,18 @@ def measure_side_by_side(
     for size, batch in batches.items():
         if (given := _examples(batch)) != size:
             raise DataError(f"The batch given for size {size} holds {given} examples.")
+    if lengths:
+        for model in models.values():
+            check_length(model, batches[min(batches)], max(lengths))
     largest = batches[max(batches)]
     measured = {}
     with _threads(threads):
         latency = {size: _interleaved(models, batch, repeats) for size, batch in batches.items()}
+        by_length = {
+            size: {n: _interleaved(models, of_length(batch, n), repeats) for n in lengths}
+            for size, batch in batches.items()
+        }
+        energy = energy_per_example(models, largest)
         for name, model in models.items():
             device = next(model.parameters()).device
             folder = folders.get(name)
@@ -139,9 +155,51 @@ def measure_side_by_side(
                 latency={size: latency[size][name] for size in batches},
                 peak_memory=peak_memory(folder, largest, device) if folder else None,
                 file_bytes=file_bytes(folder) if folder else None,
-                energy_per_example=energy_per_example(model, largest),
+                energy_per_example=energy.get(name),
+                latency_by_length={
+                    size: {n: of_models[name] for n, of_models in line.items()}
+                    for size, line in by_length.items()
+                    if line
+                },
             )
     return measured
+
+
+def of_length(batch: Mapping[str, torch.Tensor], tokens: int) -> dict[str, torch.Tensor]:
+    """A batch of examples of so many tokens each, without padding: its own ones over and over.
+
+    Args:
+        batch: {name: (examples, tokens)}; what has other shapes stays as it is.
+        tokens: how many the examples get.
+    """
+    made = dict(batch)
+    given = batch["input_ids"].shape
+    for name, tensor in batch.items():
+        if tensor.shape == given:
+            made[name] = tensor.repeat(1, -(-tokens // given[1]))[:, :tokens]
+    if "attention_mask" in made:
+        made["attention_mask"] = made["attention_mask"].new_ones(given[0], tokens)
+    return made
+
+
+def check_length(model: torch.nn.Module, batch: Mapping[str, torch.Tensor], tokens: int) -> None:
+    """Try one example of so many tokens, before anything that takes long.
+
+    Raises:
+        DataError: The model does not run on it; most often it has no embeddings of so many
+            positions.
+    """
+    one = {name: tensor[:1] for name, tensor in of_length(batch, tokens).items()}
+    try:
+        with inference(model) as device:
+            model(**model_inputs(one, device))
+    except (IndexError, RuntimeError, ValueError) as error:
+        most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        raise DataError(
+            f"The model does not run on examples of {tokens} tokens ({error})."
+            + (f" Its max_position_embeddings is {most}." if most else "")
+            + " Measure shorter lengths."
+        ) from error
 
 
 def peak_memory(
@@ -200,35 +258,6 @@ def file_bytes(folder: str | Path) -> int:
     return sum(file.stat().st_size for file in weights)
 
 
-def energy_per_example(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> float | None:
-    """Joules the CPU packages draw per example, all that runs on them included.
-
-    Read from the hardware's own counters (RAPL) through codecarbon while the model runs the batch
-    for `ENERGY_SECONDS`; close other programs first. None without codecarbon, without readable
-    counters, or off the CPU: codecarbon would fall back on the processor's nominal power, which
-    is an estimate.
-    """
-    try:
-        from codecarbon.core.cpu import IntelRAPL, is_rapl_available
-        from codecarbon.core.units import Time
-    except ImportError:
-        return None
-    if next(model.parameters()).device.type != "cpu" or not is_rapl_available():
-        return None
-    with inference(model) as device:
-        inputs = model_inputs(batch, device)
-        model(**inputs)
-        meter = IntelRAPL()
-        meter.start()
-        passes, start = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - start) < ENERGY_SECONDS:
-            model(**inputs)
-            passes += 1
-        details = meter.get_cpu_details(Time(seconds=elapsed))
-    joules = JOULES_PER_KWH * sum(kwh for name, kwh in details.items() if "Energy" in name)
-    return joules / (passes * _examples(batch)) if joules > 0 else None
-
-
 def _interleaved(
     models: Mapping[str, torch.nn.Module], batch: Mapping[str, torch.Tensor], repeats: int
 ) -> dict[str, Latency]:
@@ -257,6 +286,14 @@ def _seconds(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> floa
     if cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def _with_text_keys(line: Mapping[int, Latency]) -> dict[str, Any]:
+    return {str(number): asdict(latency) for number, latency in line.items()}
+
+
+def _with_number_keys(line: Mapping[str, Any]) -> dict[int, Latency]:
+    return {int(number): Latency(**values) for number, values in line.items()}
 
 
 def _latency(seconds: list[float]) -> Latency:

@@ -56,6 +56,7 @@ THEME = {
 }  # fmt: skip
 """What the colors of a picture are for."""
 
+_COST = "MACs of the layers that stay (%)"
 _BAR = 48  # characters of a full bar in the terminal
 _WIDTH = 4.2  # inches of a picture, so that its letters are 11 px on a screen of 400
 _PROLOG = '<?xml version="1.0" encoding="utf-8"?>\n'
@@ -122,6 +123,7 @@ def pictures(report: Report) -> list[Picture]:
         if report.curve:
             drawn.append(_of_curve(report))
         drawn.append(_of_latency(report))
+        drawn += [_of_lengths(report, size) for size in report.dense.measured.latency_by_length]
         if report.seconds:
             drawn.append(_of_time(report))
     return drawn
@@ -187,7 +189,7 @@ def draw_curve(
     path: str | os.PathLike[str],
     *,
     quality: str = "accuracy (%)",
-    cost: str = "MACs of the layers that stay (%)",
+    cost: str = _COST,
 ) -> None:
     """Draw quality against cost to a PNG, SVG or PDF file, a line with error bars per series.
 
@@ -285,9 +287,6 @@ def _of_curve(report: Report) -> Picture:
         dataclasses.replace(p, mean=scale * p.mean, low=scale * p.low, high=scale * p.high)
         for p in report.curve
     ]
-    resource = report.pruning.budget.split("=")[0] if report.pruning else ""
-    cost = {"macs": "MACs", "params": "parameters"}.get(resource, "cost")
-    cost = f"{cost} of the layers that stay (%)"
     listed = "; ".join(
         f"{p.series} at {p.budget:.0%}: {p.mean:.1f} [{p.low:.1f}, {p.high:.1f}]" for p in points
     )
@@ -296,8 +295,8 @@ def _of_curve(report: Report) -> Picture:
         "curve",
         title,
         "What stays of the quality at each budget. Bars and the band are 95 % intervals.",
-        f"{unit_of(metric)} over {cost}. {listed}.",
-        _single(title, 3.4, lambda axes: draw_points(axes, points, unit_of(metric), cost)),
+        f"{unit_of(metric)} over {_COST}. {listed}.",
+        _single(title, 3.4, lambda axes: draw_points(axes, points, unit_of(metric), _COST)),
     )
 
 
@@ -308,6 +307,16 @@ def _of_latency(report: Report) -> Picture:
         "batch size (examples)",
         "examples of the test split, padded to the longest of the batch",
         {v.name: v.measured.latency for v in report.structures},
+    )
+
+
+def _of_lengths(report: Report, size: int) -> Picture:
+    return _latency(
+        f"latency-length-{size}",
+        f"Latency over length, batch {size}",
+        "length of the examples (tokens)",
+        f"batches of {size} without padding, the test split's tokens over and over",
+        {v.name: v.measured.latency_by_length[size] for v in report.structures},
     )
 
 

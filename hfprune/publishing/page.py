@@ -1,4 +1,4 @@
-"""The report as files: one self-contained page, the same in Markdown, and its pictures."""
+"""The report as one self-contained page, with its pictures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 FIGURES = "figures"
-"""The folder of the pictures."""
+"""The folder of the pictures, beside the page; nothing else is kept in it."""
 
 _SECTIONS = {
     "What stays, and how important it was": ("kept", "importance"),
@@ -22,24 +22,26 @@ _SECTIONS = {
 }
 
 
-def write_report(report: Report, folder: str | os.PathLike[str]) -> None:
-    """Write report.md, report.html and figures/*.svg and *.png into a folder.
+def write_page(report: Report, path: str | os.PathLike[str]) -> None:
+    """Write the page, and its pictures as SVG and PNG files into `figures` beside it.
 
+    The page needs no script and nothing from elsewhere; it is light or dark as the reader has it.
     Every file is written under a temporary name first.
     """
-    path = Path(folder)
+    page = Path(path)
+    figures = page.parent / FIGURES
+    figures.mkdir(parents=True, exist_ok=True)
     drawn = pictures(report)
-    (path / FIGURES).mkdir(parents=True, exist_ok=True)
     for picture in drawn:
-        picture.save(path / FIGURES)
-    for name, text in (("report.md", report.markdown()), ("report.html", html(report, drawn))):
-        temporary = path / f"{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path / name)
+        picture.save(figures)
+    for stale in {p for p in figures.iterdir() if p.stem not in {p.name for p in drawn}}:
+        stale.unlink()  # of an earlier report, which had more to draw
+    temporary = page.with_name(f"{page.name}.tmp")
+    temporary.write_text(_html(report, drawn), encoding="utf-8")
+    temporary.replace(page)
 
 
-def html(report: Report, drawn: Sequence[Picture]) -> str:
-    """The page: no script, nothing from elsewhere, light or dark as the reader has it."""
+def _html(report: Report, drawn: Sequence[Picture]) -> str:
     import yaml
 
     header, *rows = report.cells()

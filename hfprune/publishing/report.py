@@ -44,10 +44,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Quality at one cost, in a series of points that are compared.
+    """Quality at one cost, in a series of points.
 
     Attributes:
-        budget: share of the cost that stays, from 0 to 1; 1 is the dense model.
+        budget: share of the cost that stays, of a run's report of the layers' MACs; 1 is dense.
         mean: the quality there; over seeds, if there are several.
         low, high: ends of its error bar.
         series: "dense", or what chose the units: "fisher", "magnitude", "random" ...

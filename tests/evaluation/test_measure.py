@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +11,12 @@ from transformers import BertConfig, BertForSequenceClassification
 from hfprune.errors import CheckpointError, DataError, HfpruneError
 from hfprune.evaluation import measure
 from hfprune.evaluation.measure import (
+    Latency,
     Measurement,
-    energy_per_example,
+    check_length,
     file_bytes,
     measure_side_by_side,
+    of_length,
     peak_memory,
 )
 
@@ -133,6 +134,7 @@ def test_folder_figures_are_part_of_the_measurement(saved, monkeypatch):
     assert measured["dense"].file_bytes == (folder / "model.safetensors").stat().st_size
     assert measured["other"].peak_memory is None
     assert measured["other"].file_bytes is None
+    assert measured["dense"].latency_by_length == {}
     again = Measurement.from_dict(json.loads(json.dumps(measured["dense"].to_dict())))
     assert again == measured["dense"]
 
@@ -145,40 +147,61 @@ def test_file_bytes_counts_every_shard_and_nothing_else(tmp_path):
         file_bytes(tmp_path / "empty")
 
 
-@pytest.fixture
-def meter(monkeypatch):
-    """A stand-in for codecarbon's reader of the hardware counters: 1e-6 kWh, that is 3.6 J."""
-    state = SimpleNamespace(readable=True, kwh=1e-6)
+def test_lengths_are_timed_at_every_batch_size():
+    seen = []
 
-    class Rapl:
-        def start(self):
-            pass
+    class Reader(Sleeper):
+        def forward(self, input_ids, attention_mask):
+            seen.append((self.name, tuple(input_ids.shape), int(attention_mask.sum())))
+            time.sleep(1e-5 * input_ids.numel())
 
-        def get_cpu_details(self, duration):
-            return {"Processor Energy Delta_0(kWh)": state.kwh, "Processor Power Delta_0(kWh)": 9.0}
+    def padded(size):
+        batch = batch_of(size)
+        return batch | {"attention_mask": torch.ones(size, 8).triu().long()}
 
-    cpu, units = ModuleType("codecarbon.core.cpu"), ModuleType("codecarbon.core.units")
-    cpu.IntelRAPL, cpu.is_rapl_available = Rapl, lambda: state.readable
-    units.Time = lambda seconds: seconds
-    for module in (ModuleType("codecarbon"), ModuleType("codecarbon.core"), cpu, units):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(measure, "ENERGY_SECONDS", 0.05)
-    return state
+    models = {name: Reader(name, 0, []) for name in ("dense", "pruned")}
+    batches = {1: padded(1), 4: padded(4)}
+    measured = measure_side_by_side(models, batches, lengths=(16, 200), repeats=2)
+    for name in models:
+        line = measured[name].latency_by_length
+        assert {size: list(lengths) for size, lengths in line.items()} == {
+            1: [16, 200],
+            4: [16, 200],
+        }
+        assert line[4][200].median > line[4][16].median >= 4 * 16 * 1e-5
+        assert measured[name].latency.keys() == {1, 4}
+        again = Measurement.from_dict(json.loads(json.dumps(measured[name].to_dict())))
+        assert again == measured[name]
+    timed = [run for run in seen if run[1] == (4, 200)]
+    assert timed == [("dense", (4, 200), 800), ("pruned", (4, 200), 800)] * (2 + measure.WARM_UP)
 
 
-def test_energy_is_shared_among_the_examples_run(meter):
+def test_a_batch_of_a_length_repeats_its_own_tokens():
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7], [8, 9, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+        "labels": torch.tensor([0, 1]),
+    }
+    made = of_length(batch, 7)
+    assert made["input_ids"].tolist() == [[5, 6, 7, 5, 6, 7, 5], [8, 9, 0, 8, 9, 0, 8]]
+    assert made["attention_mask"].tolist() == [[1] * 7] * 2
+    assert made["labels"] is batch["labels"]
+    assert of_length(batch, 2)["input_ids"].tolist() == [[5, 6], [8, 9]]
+
+
+def test_a_length_that_a_model_does_not_run_at_is_refused_at_once(saved):
+    model, _ = saved
+    check_length(model, batch_of(2), 16)
     diary = []
-    joules = energy_per_example(Sleeper("one", 0.01, diary), batch_of(4))
-    assert joules == pytest.approx(3.6 / (4 * (len(diary) - 1)))  # the first pass is a warm-up
+    with pytest.raises(DataError, match=r"17 tokens .*max_position_embeddings is 16"):
+        measure_side_by_side(
+            {"fine": Sleeper("fine", 0, diary), "dense": model}, {2: batch_of(2)}, lengths=(4, 17)
+        )
+    assert len(diary) <= 1  # tried, not timed
 
 
-@pytest.mark.parametrize("state", [{"readable": False}, {"kwh": 0.0}])
-def test_energy_is_never_made_up(meter, state):
-    vars(meter).update(state)
-    assert energy_per_example(Sleeper("one", 0.01, []), batch_of(4)) is None
-
-
-def test_without_codecarbon_there_is_no_energy(monkeypatch):
-    monkeypatch.setitem(sys.modules, "codecarbon", None)
-    monkeypatch.setitem(sys.modules, "codecarbon.core.cpu", None)
-    assert energy_per_example(Sleeper("one", 0, []), batch_of(1)) is None
+def test_a_measurement_from_before_lengths_is_read():
+    plain = Measurement("cpu", 2, {1: Latency(0.2, 0.1, 0.3, 5)})
+    values = plain.to_dict()
+    del values["latency_by_length"]
+    assert Measurement.from_dict(json.loads(json.dumps(values))) == plain

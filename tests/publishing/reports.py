@@ -41,6 +41,10 @@ def variant(name, scale, metric="accuracy", low=-0.05, high=0.01):
         size: Latency(median * scale, 0.6 * median * scale, 1.6 * median * scale, 7)
         for size, median in ((32, 0.05), (1, 0.002))
     }
+    by_length = {
+        size: {n: Latency(n * run.median, n * run.low, n * run.high, 7) for n in (16, 128)}
+        for size, run in latency.items()
+    }
     dense = 0.9 if metric == "accuracy" else 12.5
     return Variant(
         name=name,
@@ -48,7 +52,9 @@ def variant(name, scale, metric="accuracy", low=-0.05, high=0.01):
         difference=None if name == "dense" else Difference(metric, value - dense, low, high, 1032),
         params=int(22_700_000 * scale),
         macs=int(480_000_000 * scale),
-        measured=Measurement("cpu", 2, latency, 3_000_000 if scale < 1 else None, 91_000_000),
+        measured=Measurement(
+            "cpu", 2, latency, 3_000_000 if scale < 1 else None, 91_000_000, None, by_length
+        ),
     )
 
 

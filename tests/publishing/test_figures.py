@@ -84,10 +84,10 @@ def words(picture):
 def test_a_report_has_every_picture(drawn):
     assert list(drawn) == [
         "kept-heads", "kept-neurons", "importance-heads", "importance-neurons",
-        "quality", "curve", "latency", "time",
+        "quality", "curve", "latency", "latency-length-32", "latency-length-1", "time",
     ]  # fmt: skip
     plain = pictures(make(pruning=None, curve=(), seconds={}))
-    assert [p.name for p in plain] == ["quality", "latency"]
+    assert [p.name for p in plain if "length" not in p.name] == ["quality", "latency"]
     plan = plan_of("mixtral")
     moe = pictures(make(pruning=Pruning.of(plan, scores_of(plan))))
     assert {"kept-experts", "importance-experts"} <= {p.name for p in moe}
@@ -128,6 +128,7 @@ def test_the_axes_have_names_with_units(drawn):
         "quality": ["accuracy (%)"],
         "curve": ["MACs of the layers that stay (%)", "accuracy (%)"],
         "latency": ["batch size (examples)", "latency of a batch (ms)"],
+        "latency-length-32": ["length of the examples (tokens)", "latency of a batch (ms)"],
         "time": ["seconds"],
     }.items():
         assert set(labels) <= set(words(drawn[name])), name

@@ -13,7 +13,7 @@ import pytest
 from reports import make
 
 from hfprune.publishing.figures import THEME
-from hfprune.publishing.page import FIGURES, write_report
+from hfprune.publishing.page import FIGURES, write_page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 
@@ -22,7 +22,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 def written(tmp_path_factory):
     """A folder with a report in it."""
     folder = tmp_path_factory.mktemp("report")
-    write_report(make(), folder)
+    write_page(make(), folder / "report.html")
     return folder
 
 
@@ -56,14 +56,13 @@ class Elements(HTMLParser):
 def test_every_file_is_there_and_none_half_written(written):
     names = {p.stem for p in (written / FIGURES).iterdir()}
     assert {"kept-heads", "importance-neurons", "quality", "curve", "latency", "time"} <= names
-    assert {p.name for p in written.iterdir()} == {"report.html", "report.md", FIGURES}
+    assert {p.name for p in written.iterdir()} == {"report.html", FIGURES}
     endings = {name: set() for name in names}
     for path in (written / FIGURES).iterdir():
         endings[path.stem].add(path.suffix)
         if path.suffix == ".svg":
             assert ElementTree.parse(path).getroot().get("role") == "img"
     assert all(found == {".png", ".svg"} for found in endings.values())
-    assert (written / "report.md").read_text(encoding="utf-8") == make().markdown()
 
 
 def test_the_page_says_what_the_report_says(page):
@@ -125,11 +124,18 @@ def test_letters_and_marks_stand_out(page, scheme):
             assert (light + 0.05) / (dark + 0.05) >= least, (name, ground)
 
 
+def test_another_report_leaves_no_picture_of_the_one_before(written, tmp_path):
+    shutil.copytree(written, tmp_path / "run")
+    write_page(make(pruning=None, curve=()), tmp_path / "run" / "report.html")
+    names = {p.stem for p in (tmp_path / "run" / FIGURES).iterdir()}
+    assert {n for n in names if "length" not in n} == {"quality", "latency", "time"}
+
+
 def test_names_cannot_break_out_of_the_page(tmp_path):
     evil = "</pre></svg><script>alert(1)</script>&\"'"
     plain = {"pruning": None, "curve": ()}
     report = make(recipe={"model": evil}, machine={evil: evil}, seconds={evil: 1.0}, **plain)
-    write_report(report, tmp_path)
+    write_page(report, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert not Elements(page).open
@@ -200,7 +206,7 @@ def test_the_page_is_readable_on_a_telephone_and_on_a_wide_screen(written, tmp_p
         assert seen["scroll"] <= seen["client"], (width, seen)
         assert seen["outside"] == [], width  # letters that a picture cuts off
         assert seen["small"] == [], width
-        assert seen["figures"] == 8
+        assert seen["figures"] == 10
     shot = tmp_path / "shot.png"
     browse(
         tmp_path, f"--screenshot={shot}", "--window-size=1400,900", f"file://{written}/report.html"

@@ -1,0 +1,119 @@
+"""What a machine says of itself: its parts and versions, and the energy that it draws."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfprune.evaluation.evaluate import inference, model_inputs
+
+if TYPE_CHECKING:
+    import torch
+
+ENERGY_TURNS, ENERGY_SECONDS = 5, 1.0
+"""How often, and how long each time, a model runs while its energy is read; the counters tick in
+milliseconds.
+"""
+
+POWERCAP = Path("/sys/class/powercap")
+"""Where Linux shows the energy counters of Intel's and AMD's processors (RAPL)."""
+
+
+def machine() -> dict[str, str]:
+    """What this process runs on: hardware, system and versions, as a report names them."""
+    import psutil
+    import torch
+    import transformers
+
+    return {
+        "CPU": _processor(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "memory": f"{psutil.virtual_memory().total / 1e9:.0f} GB",
+        "system": f"{platform.system()} {platform.release()}",
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hfprune": version("hfprune"),
+    }
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def energy_per_example(
+    models: Mapping[str, torch.nn.Module], batch: Mapping[str, torch.Tensor]
+) -> dict[str, float]:
+    """Joules that the processors draw per example, by model; of all that runs on them meanwhile.
+
+    Read from the hardware's own counters (RAPL, which on most systems only root may read) while the
+    models take turns in running the batch; close other programs first. Memory is in it only where
+    the package counts it. Empty where no counter can be read, and for models that are not on the
+    CPU: a processor's nominal power would be an estimate.
+    """
+    meter = _EnergyMeter()
+    if meter.joules() is None or any(next(m.parameters()).is_cuda for m in models.values()):
+        return {}
+    spent, examples = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0)
+    for _ in range(ENERGY_TURNS):
+        for name, model in models.items():
+            with inference(model) as device:
+                inputs = model_inputs(batch, device)
+                model(**inputs)
+                meter.restart()
+                start = time.perf_counter()
+                while time.perf_counter() - start < ENERGY_SECONDS:
+                    model(**inputs)
+                    examples[name] += len(next(iter(batch.values())))
+                joules = meter.joules()
+            if joules is None:
+                return {}
+            spent[name] += joules
+    # A virtual machine may show counters that stand still.
+    return {name: spent[name] / examples[name] for name in models if spent[name] > 0}
+
+
+class _EnergyMeter:
+    """The energy counters of all processor packages, from the moment they are first read."""
+
+    def __init__(self) -> None:
+        zones = sorted(POWERCAP.glob("intel-rapl:*"))
+        self._packages = [z for z in zones if _read(z / "name").startswith("package")]
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now on."""
+        self._before = [_read(zone / "energy_uj") for zone in self._packages]
+
+    def joules(self) -> float | None:
+        """Joules drawn since; None if a counter cannot be read, or if there is none."""
+        total = 0
+        for zone, before in zip(self._packages, self._before, strict=True):
+            after = _read(zone / "energy_uj")
+            if not (before and after):
+                return None
+            drawn = int(after) - int(before)
+            if drawn < 0:  # the counter began anew at its largest value
+                drawn += int(_read(zone / "max_energy_range_uj"))
+            total += drawn
+        return total / 1e6 if self._packages else None
+
+
+def _read(path: Path) -> str:
+    """A file's text without spaces at its ends; nothing if it cannot be read."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
