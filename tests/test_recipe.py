@@ -117,6 +117,8 @@ def test_an_unknown_key_names_its_place_and_the_nearest(path, near, values, tmp_
         ("score", None),
         ("score.examples", 10.0),
         ("prune.budget", 0.5),
+        ("prune.budget", []),
+        ("prune.budget", ["macs=60%", 0.5]),
         ("prune.compensate", "no way"),
         ("distill.learning_rate", [1e-4]),
         ("measure.batch_sizes", 8),
@@ -185,6 +187,21 @@ def test_budgets_and_criteria_are_checked(values, tmp_path):
         load(put(values, "prune.budget", "mac=50%"), tmp_path)
     with pytest.raises(HfpruneError, match=r"'fischer'\. Did you mean 'fisher'"):
         load(put(values, "prune.criterion", "fischer"), tmp_path)
+
+
+def test_a_list_of_budgets_is_one_for_each_round(values, tmp_path):
+    assert load(values, tmp_path).prune.budgets == ("macs=50%",)
+    rounds = load(put(values, "prune.budget", ["macs=80%, params=70%", "macs=60%"]), tmp_path)
+    assert rounds.prune.budgets == ("macs=80%, params=70%", "macs=60%")
+    assert Recipe.from_dict(yaml.safe_load(yaml.safe_dump(rounds.to_dict()))) == rounds
+
+
+@pytest.mark.parametrize(
+    "budgets", [["macs=60%", "macs=60%"], ["macs=60%", "params=50%"], ["macs=60%", "macs=1K"]]
+)
+def test_a_round_must_leave_less_than_the_one_before(budgets, values, tmp_path):
+    with pytest.raises(RecipeError, match=r"^prune\.budget: the round to .* must leave less than"):
+        load(put(values, "prune.budget", budgets), tmp_path)
 
 
 def test_missing_keys_are_named(values, tmp_path):
