@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -30,13 +30,22 @@ def refuse_arguments(args: TrainingArguments, trainer_arguments: Mapping[str, An
         )
 
 
+def refuse_same(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Refuse a model as its own teacher, which would move with it."""
+    if student is teacher:
+        raise RecipeError(
+            "Student and teacher are one and the same model; give a copy (copy.deepcopy), or the "
+            "teacher's folder."
+        )
+
+
 def has_no_head(model: PreTrainedModel) -> bool:
     """Whether the model is what `AutoModel` loads: states and no predictions."""
     names = {n for found in MODEL_MAPPING_NAMES.values() for n in _names(found)}
     return type(model).__name__ in names
 
 
-def _names(found: str | tuple[str, ...] | list[str]) -> list[str]:
+def _names(found: str | Sequence[str]) -> list[str]:
     return [found] if isinstance(found, str) else list(found)
 
 

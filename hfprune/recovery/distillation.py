@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModel, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from hfprune.errors import CheckpointError, DataError, RecipeError
@@ -30,9 +31,11 @@ from hfprune.recovery.compatibility import (
     refuse_arguments,
     refuse_missing_head,
     refuse_other_classes,
+    refuse_same,
     refuse_unknown,
     submodule,
 )
+from hfprune.recovery.lora import adapted
 from hfprune.recovery.losses import (
     Counted,
     DistanceKind,
@@ -44,6 +47,10 @@ from hfprune.recovery.losses import (
     spread_layers,
     state_loss,
 )
+from hfprune.structure.checkpoint import from_pretrained
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
 
 
 @dataclasses.dataclass
@@ -127,9 +134,9 @@ class DistillationTrainer(Trainer):
     examples, and the model's own loss skips answers outside the window.
 
     Args:
-        model: the student.
-        teacher: a model of the same family and vocabulary; it is set to eval mode and moved to the
-            device.
+        model: the student, or PEFT's adapters around it.
+        teacher: a model of the same family and vocabulary, or its folder or Hub id, which is loaded
+            in its own dtype; it is set to eval mode and moved to the device.
         args: what to weigh, and everything the Trainer reads.
         layer_map: the teacher layer whose output each student layer is compared with. Layers count
             from 0; of an encoder-decoder, the encoder's come first and the decoder's indices go on
@@ -151,15 +158,20 @@ class DistillationTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        teacher: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
+        teacher: PreTrainedModel | str | os.PathLike[str],
         args: DistillationArguments,
         *,
         layer_map: Sequence[int] | None = None,
         attention_outlets: Mapping[str, str] | None = None,
         **trainer_arguments: Any,
     ) -> None:
-        student = getattr(model, "get_base_model", lambda: model)()  # under PEFT's wrapper
+        inside = getattr(model, "get_base_model", lambda: model)()  # PEFT wraps it
+        student = cast(PreTrainedModel, inside)
+        if not isinstance(teacher, PreTrainedModel):
+            auto_class = AutoModel if has_no_head(student) else None
+            teacher = from_pretrained(teacher, auto_class=auto_class)
+        refuse_same(student, teacher)
         refuse_arguments(args, trainer_arguments)
         refuse_missing_head(student, args.weights())
         if args.logits_weight:
@@ -393,7 +405,7 @@ class DistillationTrainer(Trainer):
 
 def distill(
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | str | os.PathLike[str],
     train_dataset: Any,
     eval_dataset: Any = None,
     *,
@@ -402,6 +414,7 @@ def distill(
     processing_class: Any = None,
     compute_metrics: Any = None,
     layer_map: Sequence[int] | None = None,
+    lora: LoraConfig | None = None,
     resume: bool = False,
     **trainer_arguments: Any,
 ) -> TrainOutput:
@@ -415,7 +428,7 @@ def distill(
 
     Args:
         student: the pruned model; it ends on `args.device`.
-        teacher: usually the model before pruning.
+        teacher: usually the model before pruning; or its folder or Hub id.
         train_dataset: as the Trainer takes it.
         eval_dataset: held-out data for the choice of the checkpoint.
         args: weights, steps, learning rate, output_dir...
@@ -424,6 +437,8 @@ def distill(
             checkpoint.
         compute_metrics: EvalPrediction -> {name: value}.
         layer_map: see DistillationTrainer.
+        lora: train low-rank adapters of this kind (PEFT's `LoraConfig`) instead of the weights, and
+            merge them into the student at the end.
         resume: continue from the last complete checkpoint in `args.output_dir`; without one, start
             afresh.
         **trainer_arguments: anything else DistillationTrainer takes.
@@ -447,19 +462,20 @@ def distill(
         )
     if eval_dataset is not None and compute_metrics is not None and not args.load_best_model_at_end:
         args = keeping_the_best(args)
-    trainer = DistillationTrainer(
-        student,
-        teacher,
-        args,
-        layer_map=layer_map,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=data_collator,
-        processing_class=processing_class,
-        compute_metrics=compute_metrics,
-        **trainer_arguments,
-    )
-    return trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with contextlib.nullcontext(student) if lora is None else adapted(student, lora) as model:
+        trainer = DistillationTrainer(
+            model,
+            teacher,
+            args,
+            layer_map=layer_map,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=data_collator,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            **trainer_arguments,
+        )
+        return trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
 def _described(batch: Mapping[str, Any]) -> str:

@@ -565,6 +565,24 @@ def test_teacher_keeps_its_dtype(tmp_path):
     assert optimised == {id(value) for value in student.parameters()}
 
 
+@pytest.mark.parametrize("make", [bert, encoder])
+def test_the_teacher_may_be_a_folder(make, tmp_path):
+    student, teacher = pair(make)
+    teacher.to(torch.bfloat16).save_pretrained(tmp_path / "teacher")
+    weighed = {"task_weight": 0.0, "logits_weight": float(make is bert), "hidden_weight": 0.0}
+    weighed["embedding_weight"] = float(make is encoder)
+    rows = examples(bert, 4) if make is bert else texts(4)
+    trainer = trainer_of(student, tmp_path / "teacher", tmp_path, rows, **weighed)
+    assert type(trainer.teacher) is type(teacher) and trainer.teacher.dtype == torch.bfloat16
+    assert_close(weights(trainer.teacher), weights(teacher), rtol=0, atol=0)
+
+
+def test_a_model_is_not_its_own_teacher(tmp_path):
+    student, _ = pair(bert)
+    with pytest.raises(RecipeError, match="one and the same model"):
+        trainer_of(student, student, tmp_path)
+
+
 def test_use_cache_is_restored_also_in_checkpoints(tmp_path):
     student, teacher = pair(llama)
     student.config.use_cache = True
