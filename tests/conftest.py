@@ -23,7 +23,7 @@ def hub(tmp_path, monkeypatch):
     """A Hub on loopback that the real client of this process talks to, as HF_ENDPOINT would have
     it; the client does not wait between its attempts, and its cache and token are the test's own.
     """
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
     from huggingface_hub.utils import _http
     from transformers.utils import hub as transformers_hub
 
@@ -45,6 +45,7 @@ def hub(tmp_path, monkeypatch):
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(transformers_hub, "_hf_api", None)
         waitless = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})
-        monkeypatch.setattr(_http, "time", waitless)
+        for module in (_http, file_download):
+            monkeypatch.setattr(module, "time", waitless)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield made

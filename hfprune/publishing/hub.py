@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PreTrainedModel
 
 from hfprune.errors import CheckpointError, HfpruneError, PublishError
@@ -49,7 +50,8 @@ class Published:
         commit: its name; None after a dry run.
         url: of the commit or the pull request; after a dry run, the folder.
         files: paths in the repository.
-        differences: {way to load: largest difference of the outputs}; {} if it was not verified.
+        differences: {way to load: largest difference of the outputs, None where no batch is known
+            to compare them on}; {} if it was not verified.
         warnings: what a person should look at.
     """
 
@@ -58,7 +60,7 @@ class Published:
     commit: str | None
     url: str
     files: tuple[str, ...]
-    differences: Mapping[str, float] = field(default_factory=dict)
+    differences: Mapping[str, float | None] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 
@@ -362,7 +364,7 @@ class _Client:
 
     def verify(
         self, parcel: Parcel, files: Mapping[str, Path | bytes], name: str, commit: str
-    ) -> dict[str, float]:
+    ) -> dict[str, float | None]:
         """Download a commit into an empty cache, compare bytes, load it both ways, compare outputs.
 
         Raises:
@@ -396,7 +398,7 @@ class _Client:
                 found = reload_and_compare(
                     name,
                     model,
-                    probe(model) or {},
+                    _readable_probe(model),
                     ways,
                     revision=commit,
                     environment=environment,
@@ -405,8 +407,20 @@ class _Client:
                 said = str(error).replace(self.token, "<token>")
                 raise PublishError(f"It was uploaded, but: {said}") from None
         for way, difference in found.items():
-            self.say(f"Loaded by {WAYS[way]}: outputs differ by {difference:g} at most")
+            how = "not compared" if difference is None else f"differ by {difference:g} at most"
+            self.say(f"Loaded by {WAYS[way]}: outputs {how}")
         return found
+
+
+def _readable_probe(model: PreTrainedModel) -> Mapping[str, torch.Tensor]:
+    """A small batch that the model reads; {} if none is known."""
+    batch = probe(model) or {}
+    try:
+        with torch.no_grad():
+            model(**batch)
+    except Exception:  # every family has its own way of saying no
+        return {}
+    return batch
 
 
 def _left_over(there: Mapping[str, str], files: Mapping[str, Path | bytes]) -> list[str]:

@@ -55,7 +55,7 @@ def reload_and_compare(
     *,
     revision: str | None = None,
     environment: Mapping[str, str] | None = None,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Load a model in fresh processes and compare its outputs on a batch.
 
     Args:
@@ -67,7 +67,7 @@ def reload_and_compare(
         environment: variables of the processes, besides those of this one.
 
     Returns:
-        {way: largest absolute difference of the outputs}.
+        {way: largest absolute difference of the outputs; None if the batch is empty}.
 
     Raises:
         CheckpointError: a process failed, or outputs differ by more than 1e-5.
@@ -77,7 +77,7 @@ def reload_and_compare(
     with torch.no_grad():
         expected = model(**batch)[0] if batch else torch.zeros(0)
     variables = {"OMP_NUM_THREADS": str(torch.get_num_threads()), **(environment or {})}
-    found = {}
+    found: dict[str, float | None] = {}
     with tempfile.TemporaryDirectory(prefix="hfprune-reload-") as folder:
         inputs, out = Path(folder, "inputs"), Path(folder, "outputs")
         save_file(dict(batch), inputs)
@@ -97,5 +97,5 @@ def reload_and_compare(
             got = load_file(out)["outputs"]
             if not torch.allclose(got.float(), expected.float(), rtol=0, atol=1e-5):
                 raise CheckpointError(f"{source} reloaded by {WAYS[way]} gives other outputs.")
-            found[way] = float((got - expected).abs().max()) if batch else 0.0
+            found[way] = float((got - expected).abs().max()) if batch else None
     return found

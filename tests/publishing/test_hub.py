@@ -414,9 +414,8 @@ def test_a_new_repository_survives_a_dying_network_too(hub, model):
 PUSH = "import sys; from hfprune.cli import main; sys.argv[0] = 'hfprune'; main()"
 
 
-@pytest.mark.parametrize(
-    "place", ["/commit/", pytest.param("PUT /storage", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["/commit/", "PUT /storage"])
 def test_a_killed_push_harms_nothing(scene, place, tmp_path):
     hub = scene.hub
     hub.fail("hang", lambda index, request: place in request)
