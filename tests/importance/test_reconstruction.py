@@ -1,0 +1,138 @@
+"""Importance with interactions against brute force: least squares solved anew for every choice."""
+
+import pytest
+import tiny
+import torch
+
+from hfprune.importance.gates import frozen, gate_gradients, outlet_of, output_gradients
+from hfprune.importance.reconstruction import DAMPING, Joint, Moments, MomentSums, removal_errors
+from hfprune.importance.scoring import score
+from hfprune.structure.anatomy import Anatomy
+
+COLUMNS, OUTPUTS, TOKENS = 12, 5, 60
+CLOSE = {"rtol": 1e-5, "atol": 1e-9}
+
+
+def joint(width, bias, inputs=None):
+    """Moments of random inputs, with correlated columns, and the outlet's weights."""
+    generator = torch.Generator().manual_seed(width)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    x = draw(TOKENS, COLUMNS) @ draw(COLUMNS, COLUMNS) + 1 if inputs is None else inputs
+    one = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
+    gradients = draw(30, OUTPUTS)
+    moments = Moments(one.T @ one, gradients.T @ gradients)
+    return x, Joint(moments, draw(COLUMNS, OUTPUTS), COLUMNS // width, bias)
+
+
+def refitted_error(x, known, gone):
+    """The least damped error of outputs without the columns `gone`, by solving for the rest."""
+    if known.bias:
+        x = x - x.mean(dim=0)
+    gram = x.T @ x
+    gram += DAMPING * gram.diagonal().mean() * torch.eye(COLUMNS)
+    stay = [c for c in range(COLUMNS) if c not in gone]
+    change = torch.zeros_like(known.weight)
+    change[gone] = -known.weight[gone]
+    if stay:
+        right = gram[stay][:, gone] @ known.weight[gone]
+        change[stay] = torch.linalg.solve(gram[stay][:, stay], right)
+    seen = known.moments.gradients / known.moments.gradients.trace()
+    return float(torch.trace(seen @ change.T @ gram @ change))
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_units_go_in_the_order_of_brute_force(width, bias):
+    x, known = joint(width, bias)
+    left, gone, before, highest = set(range(COLUMNS // width)), [], 0.0, 0.0
+    found = removal_errors(known)
+
+    def error(unit):
+        return refitted_error(x, known, [*gone, *range(unit * width, (unit + 1) * width)])
+
+    while left:
+        unit = min(left, key=error)
+        highest = max(highest, error(unit) - before)
+        assert float(found[unit]) == pytest.approx(highest, rel=1e-6)
+        before = error(unit)
+        left.remove(unit)
+        gone += range(unit * width, (unit + 1) * width)
+
+
+def test_what_the_others_take_over_is_not_lost():
+    x, _ = joint(1, bias=True)
+    x[:, 3] = 2 * x[:, 7] - x[:, 0] + 5  # the last term is for the bias
+    _, known = joint(1, bias=True, inputs=x)
+    found = removal_errors(known)
+    assert found[[0, 3, 7]].min() < 0.02 * found.median()
+
+
+def test_a_loss_that_sees_nothing_leaves_no_error():
+    _, known = joint(1, bias=True)
+    known.moments.gradients.zero_()
+    assert removal_errors(known).tolist() == [0.0] * COLUMNS
+
+
+def moments_of(model, batches):
+    sums, anatomy = MomentSums(model), Anatomy.of(model)
+    watching = output_gradients(model, anatomy, sums.receive)
+    with frozen(model), gate_gradients(model, anatomy, lambda *_: None), watching:
+        for batch in batches:
+            sums.start(batch)
+            (model(**batch).loss * len(batch["labels"])).backward()
+    return sums.moments
+
+
+def padded(model):
+    batch = tiny.batch(model)
+    batch["labels"] = torch.tensor([0, 1])
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][1, 3:] = 0
+    return batch
+
+
+def test_moments_are_what_autograd_says():
+    model = tiny.model("bert", "AutoModelForSequenceClassification").double()
+    batch, name = padded(model), "encoder.layer.0.output.dense"
+    outlet, seen = model.get_submodule(f"bert.{name}"), {}
+
+    def keep(module, args, output):
+        seen["x"], seen["y"] = args[0], output
+        output.retain_grad()
+
+    hook = outlet.register_forward_hook(keep)
+    (2 * model(**batch).loss).backward()
+    hook.remove()
+    inputs = torch.zeros(outlet.in_features + 1, outlet.in_features + 1, dtype=torch.float64)
+    for x, g, mask in zip(seen["x"], seen["y"].grad, batch["attention_mask"], strict=True):
+        x, g = x[mask.bool()], g[mask.bool()]
+        one = torch.cat([x, torch.ones(len(x), 1)], dim=1)
+        own = g.square().sum(dim=1)
+        for token, weight in zip(one, (own + own.mean()) / 2, strict=True):
+            inputs += weight * torch.outer(token, token)
+    gradients = seen["y"].grad.flatten(0, 1)
+    model.zero_grad()
+    found = moments_of(model, [batch])[name]
+    torch.testing.assert_close(found.inputs, inputs, **CLOSE)
+    torch.testing.assert_close(found.gradients, gradients.T @ gradients, **CLOSE)
+    split = moments_of(model, [{k: v[n : n + 1] for k, v in batch.items()} for n in range(2)])[name]
+    torch.testing.assert_close(split.inputs, found.inputs, **CLOSE)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "olmoe"])
+def test_scores_are_the_errors_of_each_outlet(family):
+    model = tiny.model(family)
+    batch = tiny.batch(model)
+    batch["labels"] = batch["input_ids"]
+    scores = score(model, [batch], ["reconstruction", "fisher"])
+    again = score(model, [batch], ["reconstruction"], checkpointing=True)
+    anatomy = Anatomy.of(model)
+    for group in anatomy:
+        found = scores.by("reconstruction")[group.name]
+        assert found.shape == (group.units,) and found.min() > 0
+        weight = outlet_of(model, group).weight
+        assert weight.grad is None and weight.requires_grad
+        torch.testing.assert_close(again.by("reconstruction")[group.name], found)
+    for block in anatomy.experts:  # they share no outlet
+        fisher = scores.by("fisher")[block.name]
+        torch.testing.assert_close(scores.by("reconstruction")[block.name], fisher)
