@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from hfprune.pipeline import run
     from hfprune.planning.budget import Budget
     from hfprune.planning.constraints import Constraints
+    from hfprune.planning.latency import LatencyTable, measure_latency
     from hfprune.planning.plan import PruningPlan
-    from hfprune.planning.solve import plan
+    from hfprune.planning.solve import plan, plan_family
     from hfprune.pruning import inspect, preview, prune, remove
     from hfprune.publishing.hub import publish
     from hfprune.recipe import Recipe
@@ -46,6 +47,7 @@ _HOMES = {
     "GradualSparsity": "recovery.sparse_training",
     "HfpruneError": "errors",
     "KeepSparse": "recovery.sparse_training",
+    "LatencyTable": "planning.latency",
     "PruningPlan": "planning.plan",
     "Recipe": "recipe",
     "Row": "structure.architectures",
@@ -58,7 +60,9 @@ _HOMES = {
     "distill": "recovery.distillation",
     "from_pretrained": "structure.checkpoint",
     "inspect": "pruning",
+    "measure_latency": "planning.latency",
     "plan": "planning.solve",
+    "plan_family": "planning.solve",
     "preview": "pruning",
     "prune": "pruning",
     "publish": "publishing.hub",
@@ -79,6 +83,7 @@ __all__ = [
     "GradualSparsity",
     "HfpruneError",
     "KeepSparse",
+    "LatencyTable",
     "PruningPlan",
     "Recipe",
     "Row",
@@ -91,7 +96,9 @@ __all__ = [
     "distill",
     "from_pretrained",
     "inspect",
+    "measure_latency",
     "plan",
+    "plan_family",
     "preview",
     "prune",
     "publish",

@@ -70,7 +70,9 @@ def distill(recipe: RecipeFile) -> None:
 def plan(
     model: Model,
     scores: Annotated[Path, typer.Argument(help="Folder that `hfprune score` wrote.")],
-    budget: Annotated[str, typer.Argument(help="Such as macs=50% or params=0.6.")],
+    budget: Annotated[
+        str, typer.Argument(help="Such as macs=50%, memory=400MB@1x128; several with commas.")
+    ],
     output: Annotated[Path, typer.Option(help="Where the plan is written.")] = Path("plan.json"),
     criterion: Annotated[str, typer.Option(help="By which importance.")] = "fisher",
     round_to: Annotated[int, typer.Option(help="FFN widths are multiples of this.")] = 1,
@@ -80,10 +82,14 @@ def plan(
     ] = None,
     layers: Annotated[int | None, typer.Option(help="How many layers stay.")] = None,
     experts: Annotated[int | None, typer.Option(help="How many experts a layer keeps.")] = None,
+    latency: Annotated[
+        Path | None, typer.Option(help="Table that `hfprune latency` wrote; else measured now.")
+    ] = None,
 ) -> None:
     """Plan what stays under a budget, and explain it."""
     from hfprune.importance.scoring import Scores
-    from hfprune.planning.solve import Constraints
+    from hfprune.planning.constraints import Constraints
+    from hfprune.planning.latency import LatencyTable
     from hfprune.planning.solve import plan as plan_under
     from hfprune.structure.checkpoint import from_pretrained
 
@@ -99,9 +105,26 @@ def plan(
             layers=layers,
             experts=experts,
         ),
+        latency=LatencyTable.load(latency) if latency else None,
     )
     made.save(output)
     typer.echo(f"{made.explain()}\nWritten to {output}.")
+
+
+@app.command()
+def latency(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="Where the table is written.")],
+    batch_size: Annotated[int, typer.Option(help="Examples that run at once.")] = 1,
+    tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; by default all.")] = None,
+) -> None:
+    """Measure on this machine where a model's time goes, for budgets of latency."""
+    from hfprune.planning.latency import measure_latency
+    from hfprune.structure.checkpoint import from_pretrained
+
+    measure_latency(from_pretrained(model), batch_size, tokens, threads).save(output)
+    typer.echo(f"The latency table is in {output}: use it by --latency, @{batch_size}x{tokens}.")
 
 
 @app.command()

@@ -16,7 +16,9 @@ from hfprune.importance.scoring import score
 from hfprune.planning.plan import PruningPlan
 from hfprune.structure.checkpoint import from_pretrained
 
-COMMANDS = {"distill", "prune", "run", "inspect", "score", "plan", "remove", "push", "check"}
+COMMANDS = {
+    *("distill", "prune", "run", "inspect", "score", "latency", "plan", "remove", "push", "check")
+}
 
 
 def hfprune(monkeypatch, capsys, *arguments):
@@ -128,6 +130,19 @@ def test_score_plan_and_remove(run, recipe, model, tmp_path):
     assert status == 2 and "cannot hold fewer heads" in err
     status, _, err = run("plan", model, scores, "macs=60%", "--experts", 2)
     assert status == 2 and "has no routed experts" in err
+
+
+def test_plan_by_a_latency_table(run, recipe, model, tmp_path):
+    assert run("score", recipe)[0] == 0
+    scores, table, plan = tmp_path / "run" / "scores", tmp_path / "table.json", tmp_path / "p.json"
+    status, out, _ = run("latency", model, table, "--tokens", 16)
+    assert status == 0 and f"{table}: use it by --latency, @1x16" in out
+    options = ["--latency", table, "--output", plan]
+    status, out, _ = run("plan", model, scores, "latency=100%@1x16, macs=70%", *options)
+    assert status == 0 and "latency=100%@1x16: " in out
+    assert PruningPlan.load(plan).macs_share <= 0.7
+    status, _, err = run("plan", model, scores, "latency=60%@4x16", *options)
+    assert status == 2 and "write latency=...@1x16" in err
 
 
 def test_prune_and_distill_walk_a_recipe_that_far(run, recipe, tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -64,6 +65,41 @@ def plan(
         HfpruneError: the scores belong to another model, the criterion was not scored, or the
             constraints or the latency table do not fit the model.
     """
+    return plan_family(model, scores, [budget], criterion, constraints, tokens, latency)[0]
+
+
+def plan_family(
+    model: PreTrainedModel,
+    scores: Scores,
+    budgets: Sequence[str | Budget | Sequence[str]],
+    criterion: str = "fisher",
+    constraints: Constraints | None = None,
+    tokens: int | None = None,
+    latency: LatencyTable | None = None,
+) -> list[PruningPlan]:
+    """Plans for several budgets, nested: a smaller plan keeps a subset of what a larger one keeps.
+
+    So the models of a family can be made one from the other, and a user who moves from one to the
+    next loses units only. The largest is planned as `plan` would; each smaller one chooses among
+    the units of the one before, which may cost it a little importance.
+
+    Args:
+        model: the model that was scored.
+        scores: from `hfprune.score`.
+        budgets: in any order, such as ["macs=80%", "macs=60%", "macs=40%"]; all limit the same
+            resources, and of any two one is the smaller by every limit.
+        criterion: by which importance.
+        constraints: of all plans.
+        tokens: as for `plan`.
+        latency: as for `plan`; measured once.
+
+    Returns:
+        A plan per budget, in the order given.
+
+    Raises:
+        BudgetError: no structure meets a budget, or the budgets are not of one kind.
+        HfpruneError: as `plan`.
+    """
     anatomy = Anatomy.of(model)
     if scores.fingerprint != anatomy.fingerprint:
         raise HfpruneError(
@@ -78,17 +114,50 @@ def plan(
             f"These scores hold nothing for {missing[0]}: they were measured by an hfprune that did"
             " not know such units. Score this model again."
         )
-    asked = Budget.parse(budget)
+    asked = [Budget.parse(budget) for budget in budgets]
+    falling = _falling(asked)
     tokens = tokens or max(1, round(scores.tokens))
-    return solve(
-        anatomy,
-        importance,
-        asked,
-        [meter(limit, model, anatomy, tokens, latency) for limit in asked.limits],
-        criterion=criterion,
-        constraints=constraints,
-        tokens=tokens,
-    )
+    meters = [meter(limit, model, anatomy, tokens, latency) for limit in asked[falling[0]].limits]
+    made: dict[int, PruningPlan] = {}
+    within: Selection | None = None
+    for number in falling:
+        made[number] = solve(
+            anatomy,
+            importance,
+            asked[number],
+            meters,
+            criterion=criterion,
+            constraints=constraints,
+            tokens=tokens,
+            within=within,
+        )
+        within = made[number].keep
+    return [made[number] for number in range(len(asked))]
+
+
+def _falling(budgets: Sequence[Budget]) -> list[int]:
+    """Numbers of the budgets, the largest first.
+
+    Raises:
+        BudgetError: they are none, of different resources, or of two neither is the smaller.
+    """
+    if not budgets:
+        raise BudgetError("A family needs one budget at least, such as macs=50%.")
+    amounts = [[limit.amount for limit in budget.limits] for budget in budgets]
+    order = sorted(range(len(budgets)), key=lambda n: amounts[n], reverse=True)
+    for larger, smaller in pairwise(order):
+        kinds = [
+            [(limit.resource, limit.absolute, limit.shape) for limit in budgets[n].limits]
+            for n in (larger, smaller)
+        ]
+        pairs = zip(amounts[larger], amounts[smaller], strict=False)
+        if kinds[0] != kinds[1] or not all(more >= less for more, less in pairs):
+            raise BudgetError(
+                f"{budgets[larger]} and {budgets[smaller]} cannot be of one family: its budgets"
+                " limit the same resources in the same order, and a smaller one is smaller by every"
+                " limit."
+            )
+    return order
 
 
 def solve(
