@@ -136,15 +136,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode and no gradient for any weight while the context is open; restored after."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    # By name: accelerate brings offloaded weights as new parameters.
+    parameters = model.named_parameters(remove_duplicate=False)
+    trainable = [name for name, parameter in parameters if parameter.requires_grad]
     with evaluating(model):
         try:
-            for parameter in trainable:
-                parameter.requires_grad_(False)
+            for name in trainable:
+                model.get_parameter(name).requires_grad_(False)
             yield
         finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+            for name in trainable:
+                model.get_parameter(name).requires_grad_(True)
 
 
 class _Watched(torch.autograd.Function):

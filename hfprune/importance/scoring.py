@@ -16,12 +16,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hfprune.errors import DataError, HfpruneError, unknown
 from hfprune.importance.criteria import CRITERIA, JOINT, Evidence, criterion_named
 from hfprune.importance.gates import (
+    Receiver,
     frozen,
     gate_gradients,
     outlet_of,
@@ -38,7 +40,15 @@ from hfprune.importance.losses import (
     padding_mask,
 )
 from hfprune.importance.reconstruction import Joint, MomentSums
-from hfprune.structure.anatomy import Anatomy, Block, Group, axis_of, moe_of, slices
+from hfprune.structure.anatomy import (
+    Anatomy,
+    Block,
+    Group,
+    axis_of,
+    is_offloaded,
+    moe_of,
+    slices,
+)
 
 _META = "scores.json"
 _TENSORS = "scores.safetensors"
@@ -138,21 +148,23 @@ def score(
     chosen = loss_named(loss, seed) if isinstance(loss, str) else loss
     anatomy = Anatomy.of(model)
     gathering = _Gathering(model, anatomy, joint=not JOINT.isdisjoint(wanted))
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     total = len(batches) if isinstance(batches, Sized) else None
-    again = recomputing(model) if checkpointing else nullcontext()
+    # The graph would hold every weight that was brought; computed again, a layer brings its own.
+    offloaded = any(map(is_offloaded, model.modules()))
+    again = recomputing(model) if checkpointing or offloaded else nullcontext()
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
     with frozen(model), uncached(model), gathering.watch(anatomy), again, torch.enable_grad():
-        for index, batch in enumerate(tqdm(batches, "scoring", total, delay=2, leave=False)):
-            if index % world == rank:
-                here = {name: tensor.to(model.device) for name, tensor in batch.items()}
-                gathering.start(here, index)
-                value = chosen(model, here)
-                if not torch.isfinite(value):
-                    raise DataError(f"The loss of calibration batch {index} is {value.item()}.")
-                if not value.requires_grad:
-                    raise DataError("The loss does not depend on any head or neuron of the model.")
-                value.backward()
-    gathering.reduce(model.device)
+        shares = _shares(tqdm(batches, "scoring", total, delay=2, leave=False), model)
+        for index, batch, counts in shares:
+            here = {name: tensor.to(device) for name, tensor in batch.items()}
+            gathering.start(here, index, counts)
+            value = chosen(model, here)
+            if not torch.isfinite(value):
+                raise DataError(f"The loss of calibration batch {index} is {value.item()}.")
+            if not value.requires_grad:
+                raise DataError("The loss does not depend on any head or neuron of the model.")
+            value.backward()
+    gathering.reduce(device)
     if not gathering.examples:
         raise DataError("There are no calibration batches; give at least one.")
     parts = gathering.parts
@@ -177,6 +189,22 @@ def score(
         gathering.tokens / gathering.examples,
         agreement,
     )
+
+
+def _shares(batches: Iterable[Batch], model: PreTrainedModel) -> Iterator[tuple[int, Batch, bool]]:
+    """This process's batches, with their numbers among all, and whether they count.
+
+    Sharded weights are gathered by all processes at once: so each takes equally many batches, the
+    last one again where there are too few.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    index, batch = -1, None
+    for index, batch in enumerate(batches):
+        if index % world == rank:
+            yield index, batch, True
+    sharded = any(isinstance(p, DTensor) for p in model.parameters())
+    if sharded and batch is not None and rank > index % world:
+        yield index, batch, False
 
 
 def rank_correlation(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -205,20 +233,32 @@ class _Gathering:
         self._model = model
         self._batch: Batch = {}
         self._index = 0
-        self._counted = False
+        self._ignored = False
+        self._seen = False
 
     @contextmanager
     def watch(self, anatomy: Anatomy) -> Iterator[None]:
         """Receive what each backward pass of the context gives."""
         with ExitStack() as stack:
-            stack.enter_context(gate_gradients(self._model, anatomy, self.receive))
+            gates = self._unless_ignored(self.receive)
+            stack.enter_context(gate_gradients(self._model, anatomy, gates))
             if self.joint:
-                stack.enter_context(output_gradients(self._model, anatomy, self.joint.receive))
+                outputs = self._unless_ignored(self.joint.receive)
+                stack.enter_context(output_gradients(self._model, anatomy, outputs))
             yield
 
-    def start(self, batch: Batch, index: int) -> None:
-        """Tell which batch, of all processes' batches, the coming gradients belong to."""
-        self._batch, self._index, self._counted = batch, index, False
+    def _unless_ignored(self, receive: Receiver) -> Receiver:
+        def filtered(part: Group | Block, values: torch.Tensor, gradient: torch.Tensor) -> None:
+            if not self._ignored:
+                receive(part, values, gradient)
+
+        return filtered
+
+    def start(self, batch: Batch, index: int, counts: bool = True) -> None:
+        """Tell which batch, of all processes' batches, the coming gradients belong to, and whether
+        they count.
+        """
+        self._batch, self._index, self._ignored, self._seen = batch, index, not counts, False
         if self.joint:
             self.joint.start(batch)
 
@@ -255,8 +295,8 @@ class _Gathering:
         self._add(self.absolute, group, self._halves(per_example.abs()))
         self._add(self.squared, group, self._halves(squares))
         self._add(self.inputs, group, inputs.unflatten(0, units))
-        if not self._counted:
-            self._counted = True
+        if not self._seen:
+            self._seen = True
             self.examples += len(per_example)
             self.tokens += int(real.sum())
 
@@ -304,12 +344,12 @@ class _Gathering:
             raise DataError(f"The loss does not depend on {group.name}: no gradient reached it.")
         outlet, weights = _weight_norms(model, group)
         none = torch.zeros(2, group.units, dtype=torch.float64)
-        absolute = self.absolute.get(group.name, none)
-        squared = self.squared.get(group.name, none)
+        absolute = self.absolute.get(group.name, none).cpu()
+        squared = self.squared.get(group.name, none).cpu()
         whole = Evidence(
             absolute=absolute.sum(dim=0),
             squared=squared.sum(dim=0),
-            inputs=self.inputs.get(group.name, torch.zeros_like(outlet)),
+            inputs=self.inputs.get(group.name, torch.zeros_like(outlet)).cpu(),
             outlet=outlet,
             weights=weights,
             examples=self.examples,
@@ -341,7 +381,7 @@ class _Gathering:
 def _outlet_rows(model: PreTrainedModel, group: Group) -> torch.Tensor:
     """An outlet's weights as (columns, outputs)."""
     outlet = outlet_of(model, group)
-    weight: torch.Tensor = outlet.weight.detach()  # type: ignore[operator]
+    (weight,) = _whole(outlet, "weight")
     return weight if axis_of(outlet, 1) == 0 else weight.T
 
 
@@ -354,21 +394,27 @@ def _weight_norms(
     weight is its gate, the outlet is the expert itself.
     """
     if isinstance(group, Block):
-        tensors = [p.detach().double().flatten(1) for p in moe_of(model, group)[1].parameters()]
-        norms = torch.stack([t.square().sum(dim=1) for t in tensors]).sum(dim=0)
+        tensors = [p.double().flatten(1) for p in _whole(moe_of(model, group)[1])]
+        norms = torch.stack([t.square().sum(dim=1) for t in tensors]).sum(dim=0).cpu()
         return norms[:, None], norms
-    outlet = outlet_of(model, group)
-    columns = _squares(outlet).sum(dim=1 - axis_of(outlet, 1))
-    total = torch.zeros(group.units, dtype=torch.float64, device=columns.device)
+    columns = _outlet_rows(model, group).double().square().sum(dim=1).cpu()
+    total = torch.zeros(group.units, dtype=torch.float64)
     for piece in slices(model, group):
-        weight = _squares(piece.module)
+        weight = _whole(piece.module, "weight")[0].double().square()
         axis = axis_of(piece.module, piece.dim)
-        rows = weight if weight.dim() == 1 else weight.sum(dim=1 - axis)
-        owned = rows[piece.rows.to(rows.device)].sum(dim=1)
+        rows = (weight if weight.dim() == 1 else weight.sum(dim=1 - axis)).cpu()
+        owned = rows[piece.rows].sum(dim=1)
         total += owned.repeat_interleave(group.heads_per_kv) if piece.per_kv else owned
     return columns.reshape(group.units, group.columns), total
 
 
-def _squares(module: nn.Module) -> torch.Tensor:
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    return weight.detach().double().square()
+def _whole(module: nn.Module, *names: str) -> list[torch.Tensor]:
+    """The values of the named parameters of a module, or of all of its own, whether they are
+    sharded or offloaded.
+    """
+    from accelerate.utils import align_module_device  # a second to import
+
+    with align_module_device(module):
+        own = dict(module.named_parameters(recurse=False))
+        values = [own[name].detach() for name in names or own]
+        return [v.full_tensor() if isinstance(v, DTensor) else v for v in values]

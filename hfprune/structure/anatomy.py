@@ -293,16 +293,33 @@ def _check_plain(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"This {name} has PEFT adapters inside: merge them (merge_and_unload), then prune."
         )
-    if any("FullyShardedDataParallel" in type(m).__name__ for m in modules) or any(
-        type(p).__name__ == "DTensor" for p in model.parameters()
-    ):
+    if any("FullyShardedDataParallel" in type(m).__name__ for m in modules):
         raise UnsupportedModelError(
-            f"This {name} is sharded by FSDP: prune the whole model first, then wrap it."
+            f"This {name} is flattened by FSDP 1: prune the whole model first, then wrap it."
         )
-    if any(p.is_meta for p in model.parameters()):
+    if any(p.is_meta for m in modules if not is_offloaded(m) for p in m.parameters(recurse=False)):
         raise UnsupportedModelError(
             f"This {name} has parameters on the meta device, without values: load its weights, "
             "then prune."
+        )
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps a module's weights elsewhere and brings them when it is called."""
+    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+
+
+def check_whole(model: PreTrainedModel) -> None:
+    """Refuse to cut a model whose weights are not all in the memory of this process.
+
+    Raises:
+        UnsupportedModelError: it is sharded or offloaded; it can be scored and planned for.
+    """
+    sharded = any(type(p).__name__ == "DTensor" for p in model.parameters())
+    if sharded or any(map(is_offloaded, model.modules())):
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} is {'sharded by FSDP' if sharded else 'offloaded'}: it "
+            "can be scored and planned for, but not cut; cut one that is loaded whole."
         )
 
 

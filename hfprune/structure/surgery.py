@@ -16,6 +16,7 @@ from hfprune.structure.anatomy import (
     Group,
     Slice,
     axis_of,
+    check_whole,
     layer_of,
     moe_of,
     slices,
@@ -51,6 +52,7 @@ def cut(
         HfpruneError: the selection names unknown groups or units, or uneven heads in the KV groups
             of one layer.
     """
+    check_whole(model)
     anatomy = Anatomy.of(model)
     check_selection(anatomy, selection)
     selection = _without_dropped(anatomy, selection)

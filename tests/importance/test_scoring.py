@@ -1,9 +1,6 @@
 """Scores against finite differences and hand computation; batching, padding, processes, errors."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import tiny
@@ -16,7 +13,6 @@ from hfprune.importance.criteria import CRITERIA, Evidence, criterion
 from hfprune.importance.gates import outlet_of
 from hfprune.importance.scoring import Scores, rank_correlation, score
 from hfprune.structure.anatomy import Anatomy
-from hfprune.structure.checkpoint import from_pretrained
 
 
 def total(model, batch):
@@ -153,7 +149,7 @@ def test_random_is_seeded_and_differs_between_groups():
 
 def test_scores_come_back_from_their_folder(tmp_path):
     model, batch = make("bert")
-    scores = score(model, [batch])
+    scores = score(model, [batch], list(CRITERIA))
     scores.save(tmp_path / "new" / "folder")
     again = Scores.load(tmp_path / "new" / "folder")
     assert_same(again, scores, rtol=0, atol=0)
@@ -302,56 +298,12 @@ def test_a_model_in_training_with_checkpointing_of_its_own():
     assert model.training and model.is_activation_checkpointing
 
 
-WORKER = """
-import sys, torch
-import torch.distributed as dist
-torch.set_num_threads(1)
-from hfprune.errors import DataError
-from hfprune.importance.scoring import score
-from hfprune.structure.checkpoint import from_pretrained
-folder, batches, rank = sys.argv[1:]
-rank = int(rank)
-dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-model = from_pretrained(folder)
-batches = torch.load(batches)
-score(model, batches).save(f"{folder}/scores{rank}")
-first = lambda model, batch: model(**batch, output_hidden_states=True).hidden_states[1].sum()
-try:
-    score(model, batches, loss=first)
-except DataError as error:
-    open(f"{folder}/error{rank}", "w").write(str(error))
-dist.destroy_process_group()
-"""
-
-
-def test_two_processes_are_one(tmp_path):
-    model = tiny.model("llama")
-    model.save_pretrained(tmp_path)
-    batch = make("llama")[1]
-    batches = [rows(batch, slice(0, 2)), rows(batch, slice(2, 4)), rows(batch, slice(4, 5))]
-    torch.save(batches, tmp_path / "batches.pt")
-    command = [sys.executable, "-c", WORKER, tmp_path, tmp_path / "batches.pt"]
-    workers = [subprocess.Popen([*map(str, command), str(rank)]) for rank in (0, 1)]
-    try:
-        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
-    alone = score(from_pretrained(tmp_path), batches)
-    for rank in (0, 1):
-        both = Scores.load(Path(tmp_path, f"scores{rank}"))
-        assert_same(both, alone, rtol=1e-6, atol=1e-12)
-        assert both.agreement == pytest.approx(alone.agreement)
-        error = (tmp_path / f"error{rank}").read_text()
-        assert "does not depend on layers.1.self_attn" in error
-
-
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe"])
 def test_experts_and_what_lies_beside_them_are_scored(family):
     model = tiny.model(family)
     batch = tiny.batch(model)
     batch["labels"] = batch["input_ids"]
-    scores = score(model, [batch])
+    scores = score(model, [batch], list(CRITERIA))
     anatomy = Anatomy.of(model)
     for name in CRITERIA:
         for part in (*anatomy, *anatomy.experts):

@@ -1,0 +1,149 @@
+"""One process's scores are the oracle: several processes, sharded and offloaded weights, bf16."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from accelerate import dispatch_model
+from launching import LAUNCHER, environment, free_port
+from test_gates import make
+from test_scoring import assert_same, rows
+
+import hfprune
+from hfprune.errors import UnsupportedModelError
+from hfprune.importance.scoring import Scores, rank_correlation, score
+from hfprune.structure.anatomy import Anatomy
+from hfprune.structure.checkpoint import from_pretrained
+from hfprune.structure.surgery import copy_and_cut
+
+WORKER = """
+import os, sys, torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+torch.set_num_threads(1)
+from hfprune.errors import DataError
+from hfprune.importance.scoring import score
+from hfprune.structure.checkpoint import from_pretrained
+folder, sharded = sys.argv[1], sys.argv[2] == "sharded"
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+model = from_pretrained(folder)
+if sharded:
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+batches = torch.load(f"{folder}/batches.pt")
+score(model, batches, loss="labels").save(f"{folder}/labels{rank}")
+score(model, batches, loss="sampled", checkpointing=sharded).save(f"{folder}/sampled{rank}")
+first = lambda model, batch: model(**batch, output_hidden_states=True).hidden_states[1].sum()
+try:
+    score(model, batches, loss=first)
+except DataError as error:
+    open(f"{folder}/error{rank}", "w").write(str(error))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def uneven(tmp_path):
+    """A saved model, four batches of it, the last smaller, and its scores on one process."""
+    tiny.model("llama").save_pretrained(tmp_path)
+    batch = make("llama")[1]
+    batches = [rows(batch, at) for at in ([0], [1, 2], [3, 4], [2])]
+    torch.save(batches, tmp_path / "batches.pt")
+    model = from_pretrained(tmp_path)
+    return {loss: score(model, batches, loss=loss) for loss in ("labels", "sampled")}
+
+
+def check(folder, alone, world):
+    for rank in range(world):
+        for loss, expected in alone.items():
+            found = Scores.load(Path(folder, f"{loss}{rank}"))
+            assert_same(found, expected, rtol=1e-6, atol=1e-12)
+            assert found.agreement == pytest.approx(expected.agreement)
+        assert "does not depend on layers.1.self_attn" in Path(folder, f"error{rank}").read_text()
+
+
+@pytest.mark.parametrize(
+    ("world", "how"),
+    [
+        (3, "replicated"),
+        pytest.param(2, "replicated", marks=pytest.mark.slow),
+        pytest.param(3, "sharded", marks=pytest.mark.slow),
+    ],
+)
+def test_several_processes_are_one(tmp_path, world, how):
+    alone = uneven(tmp_path)
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    port = free_port()
+    values = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, script, tmp_path, how], env=environment(RANK=rank, **values)
+        )
+        for rank in range(world)
+    ]
+    try:
+        assert [worker.wait(timeout=240) for worker in workers] == [0] * world
+    finally:
+        for worker in workers:
+            worker.kill()
+    check(tmp_path, alone, world)
+
+
+@pytest.mark.slow
+def test_accelerate_launches_them(tmp_path):
+    alone = uneven(tmp_path)
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    # Without GPUs the launcher's --multi_gpu is what starts several processes.
+    options = ["--multi_gpu", "--num_processes", "3", "--num_machines", "1"]
+    options += ["--main_process_port", str(free_port()), "--mixed_precision", "no"]
+    command = [*LAUNCHER, *options, "--dynamo_backend", "no", script, tmp_path, "replicated"]
+    subprocess.run(list(map(str, command)), check=True, timeout=300, env=environment())
+    check(tmp_path, alone, 3)
+
+
+def test_offloaded_weights_are_brought_as_they_are_needed(tmp_path):
+    model = tiny.model("mixtral")
+    batch = tiny.batch(model)
+    batches = [batch | {"labels": batch["input_ids"]}]
+    whole = score(model, batches)
+    parts = ["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head", "model.layers.0"]
+    where = dict.fromkeys(parts, "cpu") | dict.fromkeys(
+        ("model.layers.1", "model.layers.2"), "disk"
+    )
+    model = dispatch_model(model, where, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    away = [p for p in model.parameters() if p.is_meta]
+    assert len(away) > 12
+    assert_same(score(model, batches), whole, rtol=1e-6, atol=1e-12)
+    assert sum(p.is_meta for p in model.parameters()) == len(away)  # and gone again
+    assert all(p.requires_grad for p in model.parameters())
+    plan = hfprune.plan(model, whole, "params=90%")
+    with pytest.raises(UnsupportedModelError, match="offloaded: it can be scored"):
+        copy_and_cut(model, plan.keep)
+
+
+def test_statistics_of_bf16_weights_are_wider():
+    exact = tiny.model("llama")
+    for parameter in exact.parameters():  # values that bf16 holds
+        parameter.data = parameter.data.bfloat16().float()
+    narrow = tiny.model("llama").bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(8):
+        ids = torch.randint(3, tiny.VOCABULARY, (8, 32), generator=generator)
+        batches.append({"input_ids": ids, "labels": ids})
+    expected, found = score(exact, batches), score(narrow, batches)
+    for group in Anatomy.of(exact):
+        for name in ("taylor", "fisher", "activation", "magnitude"):
+            one, other = expected.by(name)[group.name], found.by(name)[group.name]
+            assert rank_correlation(one, other) > 0.97
+            # Of 2,048 tokens: a sum in bf16 stops growing at 256 times its terms.
+            torch.testing.assert_close(one.sum(), other.sum(), rtol=0.03, atol=0)
+        magnitudes = (scores.by("magnitude")[group.name] for scores in (expected, found))
+        torch.testing.assert_close(*magnitudes, rtol=1e-12, atol=0)
