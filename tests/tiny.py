@@ -23,6 +23,7 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), HEADS),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), HEADS),
+    "attention_heads": HEADS,
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), KV_HEADS),
     **dict.fromkeys(("head_dim", "d_kv", "query_pre_attn_scalar"), HEAD_DIM),
     **dict.fromkeys(("intermediate_size", "hidden_dim", "n_inner", "d_ff", "ffn_dim"), WIDTH),
@@ -34,6 +35,7 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_target_positions"), 64),
     **dict.fromkeys(("image_size", "max_source_positions"), 16),
     "patch_size": 4,
+    "num_patches": 16,
     "num_mel_bins": 8,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -61,8 +63,13 @@ _EXTRAS: dict[str, dict[str, Any]] = {
         "position_buckets": 4,
         "share_att_key": False,
     },
+    "gpt_neo": {"attention_types": [[["global"], LAYERS]]},
     "gptj": {"rotary_dim": 4},
     "hubert": _AUDIO,
+    "longformer": {"attention_window": [4] * LAYERS},
+    "metaclip_2": _TOWERS,
+    "sew": _AUDIO | {"squeeze_factor": 1},
+    "siglip2": _TOWERS,
     "siglip": _TOWERS,
     "mt5": _STARTED,
     "t5": _STARTED,
@@ -70,6 +77,7 @@ _EXTRAS: dict[str, dict[str, Any]] = {
     "unispeech": _AUDIO,
     "unispeech-sat": _AUDIO,
     "wav2vec2": _AUDIO,
+    "xmod": {"default_language": "en_XX"},
 }
 GENERATING = ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq", "AutoModelForCausalLM")
 _AUTO_CLASSES = (
@@ -129,12 +137,20 @@ def batch(model: PreTrainedModel, tokens: int = 9) -> dict[str, torch.Tensor]:
     noise = functools.partial(torch.randn, generator=generator)
     settings = model.config
     vision = getattr(settings, "vision_config", settings)
+    if settings.model_type == "longformer":  # whole windows: a padded token's softmax is NaN
+        tokens = 12
     inputs: dict[str, torch.Tensor] = {}
     if model.main_input_name == "input_ids":
         inputs["input_ids"] = integers((2, tokens))
         inputs["attention_mask"] = torch.ones(2, tokens, dtype=torch.long)
     if hasattr(vision, "image_size"):
         inputs["pixel_values"] = noise(2, 3, vision.image_size, vision.image_size)
+    if "siglip2" in settings.model_type:  # patches, with how many there are in each direction
+        patches = vision.num_patches
+        side = int(patches**0.5)
+        inputs["pixel_values"] = noise(2, patches, 3 * vision.patch_size**2)
+        inputs["pixel_attention_mask"] = torch.ones(2, patches, dtype=torch.long)
+        inputs["spatial_shapes"] = torch.full((2, 2), side)
     if model.main_input_name == "input_features":
         frames = settings.max_source_positions
         inputs["input_features"] = noise(2, settings.num_mel_bins, 2 * frames)

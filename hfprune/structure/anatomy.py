@@ -109,8 +109,8 @@ class Block:
             router.
         routed_weights: of experts, the weights that a token passes in those it is sent to; as many,
             however many there are.
-        unit_mixing: of a layer, multiply-accumulates per pair of tokens in attentions whose heads
-            are not units.
+        unit_mixing: of a layer, columns of attentions whose heads are not units.
+        unit_windows: of a layer, tokens on either side that they compare a token with; 0 for all.
         least: how many units must stay.
         pinned: units that must stay.
         columns: an expert has one routing weight, as a neuron has one column.
@@ -124,6 +124,7 @@ class Block:
     unit_weights: tuple[int, ...] = ()
     routed_weights: int = 0
     unit_mixing: tuple[int, ...] = ()
+    unit_windows: tuple[int, ...] = ()
     least: int = 1
     pinned: tuple[int, ...] = ()
     columns: ClassVar[int] = 1
@@ -186,7 +187,7 @@ class Anatomy:
         total = sum(p.numel() for p in model.parameters())
         outside = total
         for number, stack in enumerate(row.stacks):
-            params, weights, mixing = [], [], []
+            params, weights, mixing, windows = [], [], [], []
             for index, layer in enumerate(model.base_model.get_submodule(stack.layers).children()):
                 inside = sum(p.numel() for p in layer.parameters())
                 found = _groups(layer, stack, number, index)
@@ -197,7 +198,8 @@ class Anatomy:
                 blocks += experts
                 params.append(inside - owned)
                 weights.append(_other_weights(layer, stack))
-                mixing.append(sum(2 * inputs_of(layer.get_submodule(a.o)) for a in stack.whole))
+                mixing.append(sum(inputs_of(layer.get_submodule(a.o)) for a in stack.whole))
+                windows.append(max((_window(layer, a) for a in stack.whole), default=0))
                 outside -= inside
             blocks.append(
                 Block(
@@ -208,6 +210,7 @@ class Anatomy:
                     tuple(params),
                     tuple(weights),
                     unit_mixing=tuple(mixing),
+                    unit_windows=tuple(windows),
                     pinned=stack.pinned,
                 )
             )
@@ -330,11 +333,13 @@ def _check_variant(model: PreTrainedModel, row: Row) -> None:
         UnsupportedModelError: names the flag, the module or the tensors.
     """
     name = type(model).__name__
-    flags = [flag for flag in row.unless if getattr(model.config, flag, None)]
-    if flags:
-        raise UnsupportedModelError(
-            f"This {name} has {flags[0]} set; the row for {row.model_type!r} does not cover that."
-        )
+    for flag in row.unless:
+        name_of, unset = flag.removeprefix("!"), flag.startswith("!")
+        if bool(getattr(model.config, name_of, None)) != unset:
+            raise UnsupportedModelError(
+                f"This {name} has {name_of} {'unset' if unset else 'set'}; the row for "
+                f"{row.model_type!r} does not cover that."
+            )
     names: dict[int, list[str]] = {}
     for path, parameter in model.base_model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(path)
@@ -367,39 +372,49 @@ class Slice:
     """The part of one module's tensors that the units of a group own.
 
     Attributes:
-        module: a Linear, Conv1D, norm or Embedding.
+        module: a Linear, Conv1D, norm or Embedding; of a parameter per head, the attention itself.
         dim: 0 where the units are outputs (rows of weight and bias), 1 where they are inputs
             (columns).
         rows: (units, rows per unit) indices along `dim`; KV groups instead of units if `per_kv`.
         per_kv: the rows belong to the KV groups.
-        per_position: its inputs are not the tokens, but the embeddings of relative positions.
+        per_token: its inputs are the tokens, as against the embeddings of relative positions.
+        name: of the module's parameter.
     """
 
     module: nn.Module
     dim: int
     rows: torch.Tensor
     per_kv: bool = False
-    per_position: bool = False
+    per_token: bool = True
+    name: str = "weight"
+
+    @property
+    def parameter(self) -> torch.Tensor:
+        """The tensor that the rows index."""
+        found: torch.Tensor = getattr(self.module, self.name)
+        return found
+
+    @property
+    def axis(self) -> int:
+        """Axis of the tensor that the rows index."""
+        return axis_of(self.module, self.dim) if self.name == "weight" else 0
 
     @property
     def weights(self) -> int:
         """Scalars of matrices, per unit: what costs MACs."""
-        weight = _weight(self.module)
-        if weight.dim() < 2 or not isinstance(self.module, nn.Linear | Conv1D):
+        if not isinstance(self.module, nn.Linear | Conv1D):
             return 0
-        return self._share(weight)
+        return self._share(self.module.weight)
 
     @property
     def params(self) -> int:
         """All scalars, per unit."""
-        bias = getattr(self.module, "bias", None)
-        owned = self._share(_weight(self.module))
+        bias = getattr(self.module, "bias", None) if self.name == "weight" else None
+        owned = self._share(self.parameter)
         return owned + (self.rows.shape[1] if bias is not None and self.dim == 0 else 0)
 
     def _share(self, weight: torch.Tensor) -> int:
-        others = [
-            n for axis, n in enumerate(weight.shape) if axis != axis_of(self.module, self.dim)
-        ]
+        others = [n for axis, n in enumerate(weight.shape) if axis != self.axis]
         return math.prod(others) * self.rows.shape[1]
 
 
@@ -427,6 +442,11 @@ def _weight(module: nn.Module) -> torch.Tensor:
 
 
 def slices(model: PreTrainedModel, group: Group) -> list[Slice]:
+    """The slices of weights that the units of a group own, the outlet's columns first."""
+    return [piece for piece in owned_slices(model, group) if piece.name == "weight"]
+
+
+def owned_slices(model: PreTrainedModel, group: Group) -> list[Slice]:
     """Every tensor slice that the units of a group own, the outlet's columns first."""
     stack = stack_of(model, group)
     layer = layer_of(model, group)
@@ -469,8 +489,14 @@ def _head_slices(layer: nn.Module, row: Attention) -> list[Slice]:
         kv = (outputs - heads) // 2
         found += _fused_slices(q, row.layout, heads, kv, dim)
     found += [
-        Slice(module, 0, _blocks(heads, dim), per_position=bool(row.positions))
+        Slice(module, 0, _blocks(heads, dim), per_token=not row.positions)
         for module in present(layer, row.follow)
+    ]
+    at = layer.get_submodule(row.at)
+    found += [
+        Slice(at, 0, _blocks(heads, 1), name=name)
+        for name in row.own
+        if getattr(at, name, None) is not None
     ]
     found += [Slice(module, 1, _blocks(heads, 1)) for module in present(layer, (row.bias,))]
     return found
@@ -555,12 +581,19 @@ def _experts(layer: nn.Module, stack: Stack, number: int, index: int) -> list[Bl
     ]
 
 
+def _window(layer: nn.Module, row: Attention) -> int:
+    return int(getattr(layer.get_submodule(row.at), row.window)) if row.window else 0
+
+
 def _other_weights(layer: nn.Module, stack: Stack) -> int:
-    """Weights of a layer that every token passes, besides those of its units and its router."""
+    """Weights of a layer that every token passes, besides those of its units and its router, and
+    those for the few tokens that see all.
+    """
     found = [piece for row in stack.attentions for piece in _head_slices(layer, row)]
     if stack.ffn and present(layer, (stack.ffn.down,)):
         found += _neuron_slices(layer, stack.ffn)
     units = {piece.module for piece in found}
+    units |= {m for row in stack.whole if row.window for m in present(layer, row.follow)}
     router = stack.moe.router if stack.moe else None
     return sum(
         module.weight.numel()
@@ -586,7 +619,7 @@ def _group(layer: nn.Module, stack: Stack, stack_index: int, index: int, part: i
     kv = next((len(s.rows) for s in found if s.per_kv), units)
     unit_params = sum(s.params for s in found if not s.per_kv)
     kv_params = sum(s.params for s in found if s.per_kv)
-    relative = _relative(inside[0], stack.attentions[part], found) if part is not None else {}
+    extra = _relative(inside[0], stack.attentions[part], found) if part is not None else {}
     bias = getattr(outlet.module, "bias", None)
     fixed = 0 if bias is None else bias.numel()
     modules = [*inside, *(s.module for s in found)]
@@ -602,14 +635,14 @@ def _group(layer: nn.Module, stack: Stack, stack_index: int, index: int, part: i
         columns=columns,
         heads_per_kv=units // kv if units else 1,
         outlet=f"{prefix}.{outlet_path}",
-        unit_weights=sum(s.weights for s in found if not s.per_kv and not s.per_position),
+        unit_weights=sum(s.weights for s in found if not s.per_kv and s.per_token),
         unit_params=unit_params,
         kv_weights=sum(s.weights for s in found if s.per_kv),
         kv_params=kv_params,
         shared_params=shared,
         fixed_params=fixed,
         cross=part is not None and stack.attentions[part].context == "cross",
-        **relative,
+        **extra,
     )
 
 
@@ -618,7 +651,7 @@ def _relative(at: nn.Module, row: Attention, found: Sequence[Slice]) -> dict[str
     span = getattr(at, row.positions, 0) if row.positions else 0
     if not span:
         return {}
-    own = sum(piece.weights for piece in found if piece.per_position)
+    own = sum(piece.weights for piece in found if not piece.per_token)
     shared = sum(piece.weights for piece in found[1:3])  # query and key serve positions too
     return {
         "positions": 2 * int(span),

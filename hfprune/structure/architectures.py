@@ -34,6 +34,9 @@ class Attention:
         positions: attribute of `at` with half the number of relative positions that tokens are
             compared with; the projections in `follow` are then of positions.
         terms: attribute of `at` that lists these comparisons.
+        window: attribute of `at` with the tokens on either side that a token is compared with; the
+            projections in `follow` are then of the few tokens that see all.
+        own: parameters of `at` itself with one value per query head, where they are present.
         bias: embedding whose columns are the heads' position biases, where it is present.
         patch: name of the help that the family's forward needs, "" for none (see
             `modeling_hfprune.PATCHES`).
@@ -56,6 +59,8 @@ class Attention:
     follow: tuple[str, ...] = ()
     positions: str = ""
     terms: str = ""
+    window: str = ""
+    own: tuple[str, ...] = ()
     bias: str = ""
     patch: str = ""
     context: Literal["self", "cross"] = "self"
@@ -126,7 +131,8 @@ class Row:
     Attributes:
         model_type: `config.model_type`.
         stacks: its lists of layers.
-        unless: config flags that turn the family into something this row does not describe.
+        unless: config flags that turn the family into something this row does not describe; with
+            "!" before it, one whose absence does.
         note: what a user should know about the family, for the table in the README.
     """
 
@@ -194,6 +200,19 @@ _DEBERTA_V2 = Stack(
     ),
     _BERT_FFN,
 )
+_LONGFORMER = Stack(
+    "encoder.layer",
+    (),
+    _BERT_FFN,
+    whole=(
+        _attention(
+            "attention.self",
+            "query key value /attention.output.dense",
+            follow=tuple(f"attention.self.{name}_global" for name in ("query", "key", "value")),
+            window="one_sided_attn_window_size",
+        ),
+    ),
+)
 _MODERNBERT = Stack(
     "layers",
     (_attention("attn", "Wqkv Wo", layout="concat"),),
@@ -213,6 +232,19 @@ _PHI3 = Stack(
 _STARCODER2 = Stack("layers", (_LLAMA_ATTENTION,), Ffn(("mlp.c_fc",), "mlp.c_proj"))
 _OLMO2 = Stack("layers", (), _GATED, whole=(_LLAMA_ATTENTION,))
 _EXPERTS = Moe("mlp.gate", "mlp.experts")
+_UNGATED = Stack("layers", (_LLAMA_ATTENTION,), _MLP_FC)
+_GPT_OSS = Stack(
+    "layers",
+    (_attention("self_attn", _QKV_O, own=("sinks",)),),
+    None,
+    moe=Moe("mlp.router", "mlp.experts"),
+)
+_GRANITE_MOE = Stack(
+    "layers",
+    (_LLAMA_ATTENTION,),
+    None,
+    moe=Moe("block_sparse_moe.router", "block_sparse_moe.experts"),
+)
 _MOE = Stack("layers", (_LLAMA_ATTENTION,), _GATED, moe=_EXPERTS)
 _OLMOE = Stack("layers", (), None, moe=_EXPERTS, whole=(_LLAMA_ATTENTION,))
 _PHIMOE = Stack("layers", (_LLAMA_ATTENTION,), None, moe=Moe("mlp.router", "mlp.experts"))
@@ -257,6 +289,35 @@ _BLOOM = Stack(
 )
 _SELF = _attention("self_attn", _QKV_OUT, sizes=("embed_dim",))
 _CROSS = _attention("encoder_attn", _QKV_OUT, sizes=("embed_dim",), context="cross")
+_FALCON = Stack(
+    "h",
+    (
+        _attention(
+            "self_attention", "query_key_value dense", layout="concat", kv_heads=("num_kv_heads",)
+        ),
+    ),
+    _4H_FIXED,
+)
+_GPT_BIGCODE = Stack(
+    "h",
+    (
+        _attention(
+            "attn",
+            "c_attn c_proj",
+            layout="concat",
+            kv_heads=("kv_heads",),
+            sizes=("split_size", "embed_dim"),
+        ),
+    ),
+    Ffn(("mlp.c_fc",), "mlp.c_proj", setting="n_inner"),
+    depth="n_layer",
+)
+_GPT_NEO = Stack(
+    "h",
+    (_attention("attn.attention", _QKV_OUT, sizes=("embed_dim",)),),
+    Ffn(("mlp.c_fc",), "mlp.c_proj"),
+    depth="num_layers",
+)
 _OPT = Stack("decoder.layers", (_SELF,), _FC)
 _BIOGPT = Stack("layers", (_SELF,), replace(_FC, setting="intermediate_size"))
 _BART = (
@@ -298,6 +359,7 @@ def _t5(patch: str, cross_patch: str) -> tuple[Stack, Stack]:
 
 _VIT = Stack("layers", (_attention("attention", _QKV_O),), _MLP_FC)
 _DINOV2 = Stack("encoder.layer", _VIT.attentions, replace(_MLP_FC, setting=""))
+_DINOV3 = Stack("layer", _VIT.attentions, Ffn(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"))
 _DATA2VEC_VISION = Stack(
     "encoder.layer",
     (_attention("attention.attention", "query key value /attention.output.dense", **_BERT_NAMES),),
@@ -324,6 +386,12 @@ def _rows(names: str, *stacks: Stack, unless: str = "", note: str = "") -> dict[
 ROWS: dict[str, Row] = {
     **_rows("bert roberta camembert xlm-roberta electra ernie data2vec-text", _BERT),
     **_rows("roberta-prelayernorm xlm-roberta-xl megatron-bert layoutlm", _BERT),
+    **_rows("rembert roc_bert xmod roformer markuplm splinter bert-generation", _BERT),
+    **_rows(
+        "longformer",
+        _LONGFORMER,
+        note="its attention takes the width of the hidden states for that of all heads",
+    ),
     **_rows("distilbert", _DISTILBERT),
     **_rows("mpnet", _MPNET),
     **_rows("deberta-v2", _DEBERTA_V2),
@@ -331,6 +399,8 @@ ROWS: dict[str, Row] = {
     **_rows("nomic_bert", _LLAMA),
     **_rows("llama qwen2 qwen3 mistral ministral gemma gemma2 gemma3_text", _LLAMA),
     **_rows("smollm3 granite helium olmo seed_oss ernie4_5 nemotron arcee exaone4", _LLAMA),
+    **_rows("gte eurobert hunyuan_v1_dense ministral3 cwm vaultgemma apertus jais2", _LLAMA),
+    **_rows("nanochat jina_embeddings_v3", _UNGATED),
     **_rows("cohere", _LLAMA, unless="use_qk_norm"),
     **_rows("cohere2", _LLAMA),
     **_rows("stablelm", _LLAMA, unless="qk_layernorm"),
@@ -341,24 +411,45 @@ ROWS: dict[str, Row] = {
     **_rows("olmo2 olmo3", _OLMO2, note=_SHARED_NORM),
     **_rows("mixtral qwen3_moe", _MOE),
     **_rows("phimoe", _PHIMOE),
-    **_rows("olmoe", _OLMOE, note=_SHARED_NORM),
+    **_rows("granitemoe", _GRANITE_MOE),
+    **_rows("gpt_oss", _GPT_OSS),
+    **_rows("olmoe flex_olmo", _OLMOE, note=_SHARED_NORM),
     **_rows("qwen2_moe", _QWEN2_MOE),
     **_rows("gpt2", _GPT2, unless="add_cross_attention scale_attn_by_inverse_layer_idx"),
     **_rows("gptj", _GPTJ),
     **_rows("gpt_neox", _GPT_NEOX),
     **_rows("bloom", _BLOOM),
+    **_rows("falcon", _FALCON, unless="new_decoder_architecture alibi !multi_query"),
+    **_rows("gpt_bigcode", _GPT_BIGCODE, unless="add_cross_attention !multi_query"),
+    **_rows("gpt_neo", _GPT_NEO),
     **_rows("opt", _OPT),
     **_rows("biogpt", _BIOGPT),
     **_rows("bart mbart pegasus marian blenderbot blenderbot-small m2m_100 whisper", *_BART),
+    **_rows("plbart mvp", *_BART),
     **_rows("t5 mt5", *_t5("own_bias", "no_bias")),
     **_rows("umt5", *_t5("", "")),
     **_rows("vit deit vit_msn ijepa beit", _VIT),
     **_rows("dinov2 dinov2_with_registers", _DINOV2, unless="use_swiglu_ffn"),
+    **_rows("dinov3_vit", _DINOV3),
     **_rows("data2vec-vision", _DATA2VEC_VISION),
-    **_rows("siglip_vision_model clip_text_model clip_vision_model", _TOWER),
-    **_rows("clip siglip", *_CLIP),
-    **_rows("wav2vec2 hubert unispeech unispeech-sat data2vec-audio", _WAV2VEC2),
+    **_rows("siglip_vision_model siglip2_vision_model mlcd_vision_model", _TOWER),
+    **_rows("clip_text_model clip_vision_model", _TOWER),
+    **_rows("clip siglip siglip2 metaclip_2", *_CLIP),
+    **_rows("wav2vec2 hubert unispeech unispeech-sat data2vec-audio sew", _WAV2VEC2),
 }
+
+
+REFUSED = {
+    "albert": "one layer's weights serve all layers, so a cut in one would change the others",
+    "deepseek_v2": "its heads share a compressed key and value that is no unit of any head",
+    "deepseek_v3": "its heads share a compressed key and value that is no unit of any head",
+    "esm": "its contact head reads the attention maps of all heads and layers",
+    "mamba": "it has no attention, and its state space is not made of independent neurons",
+    "mamba2": "it has no attention, and its state space is not made of independent neurons",
+    "swin": "its layers come in stages of different widths that hand on merged patches",
+    "swinv2": "its layers come in stages of different widths that hand on merged patches",
+}
+"""Families that no row can describe, and why."""
 
 
 def register(row: Row) -> None:
@@ -378,8 +469,13 @@ def row_of(model_type: str) -> Row:
     """The row of a family.
 
     Raises:
-        UnsupportedModelError: no such row; the message names the nearest one and how to add one.
+        UnsupportedModelError: no such row; the message names the nearest one and how to add one, or
+            why there can be none.
     """
+    if model_type in REFUSED and model_type not in ROWS:
+        raise UnsupportedModelError(
+            f"Models of type {model_type!r} cannot be pruned: {REFUSED[model_type]}."
+        )
     if model_type not in ROWS:
         raise UnsupportedModelError(
             f"{unknown('model family', model_type, ROWS)} A family is added by one row: "
@@ -404,4 +500,6 @@ def family_table() -> str:
         paths = ", ".join(f"`{stack.layers}`" for stack in stacks)
         listed = ", ".join(f"`{name}`" for name in names)
         lines.append(f"| {listed} | {paths} | {', '.join(units)} | {note} |")
+    lines += ["", "Refused by name:", ""]
+    lines += [f"- `{name}`: {reason}." for name, reason in REFUSED.items()]
     return "\n".join(lines) + "\n"

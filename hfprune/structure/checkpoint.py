@@ -26,6 +26,7 @@ from hfprune.structure.modeling_hfprune import (
     checked,
     help_forward,
     pruned,
+    sub_configs_of,
 )
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 def own_config(model: PreTrainedModel) -> None:
     """Give a model a config of its own, so that surgery changes no other model's."""
     shared, model.config = model.config, copy.deepcopy(model.config)
-    parts = {id(getattr(shared, name)): getattr(model.config, name) for name in shared.sub_configs}
+    mine = sub_configs_of(model.config)
+    parts = {id(part): mine[name] for name, part in sub_configs_of(shared).items()}
     parts[id(shared)] = model.config
     for module in model.modules():  # inner models and layers share the outer config objects
         config = getattr(module, "config", None)
@@ -170,8 +172,7 @@ def as_stock(model: PreTrainedModel) -> PreTrainedModel:
             f"by {entry}. Prune all layers to the same widths, and to head counts it can express."
         )
     history = {k: v for k, v in getattr(model.config, KEY, {}).items() if k in ("base", "lineage")}
-    parts = [getattr(model.config, name) for name in model.config.sub_configs]
-    for config in (model.config, *parts):
+    for config in (model.config, *sub_configs_of(model.config).values()):
         for name in (KEY, "auto_map"):
             if hasattr(config, name):
                 delattr(config, name)

@@ -37,10 +37,22 @@ def group_macs(group: Group, units: int, kv_groups: int, tokens: int) -> int:
         return 0
     macs = tokens * (units * group.unit_weights + kv_groups * group.kv_weights)
     if group.kind == "head":
-        macs += 2 * tokens * tokens * units * group.columns
+        macs += mixing_macs(units * group.columns, tokens)
         compared = group.position_terms * tokens * group.columns
         macs += units * group.positions * (group.position_weights + compared)
     return macs
+
+
+def mixing_macs(columns: int, tokens: int, window: int = 0) -> int:
+    """MACs of comparing tokens and mixing their values in `columns` columns, without projections.
+
+    Within windows (longformer), the example is padded to whole ones; scores are computed in chunks
+    of two windows that overlap by half, values are mixed over a window and both its neighbours.
+    """
+    if not window:
+        return 2 * tokens * tokens * columns
+    tokens = -(-tokens // (2 * window)) * 2 * window
+    return columns * ((tokens // window - 1) * (2 * window) ** 2 + tokens * 3 * window)
 
 
 def block_macs(block: Block, units: Collection[int], tokens: int) -> int:
@@ -50,8 +62,12 @@ def block_macs(block: Block, units: Collection[int], tokens: int) -> int:
     and the experts that it is sent to, `top_k` of them however many there are.
     """
     weights = block.routed_weights + sum(block.unit_weights[n] for n in units if block.unit_weights)
-    mixing = sum(block.unit_mixing[n] for n in units if block.unit_mixing)
-    return tokens * weights + tokens * tokens * mixing
+    mixing = sum(
+        mixing_macs(block.unit_mixing[n], tokens, block.unit_windows[n])
+        for n in units
+        if block.unit_mixing
+    )
+    return tokens * weights + mixing
 
 
 def layers_params(anatomy: Anatomy, selection: Selection | None = None) -> int:

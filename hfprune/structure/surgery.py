@@ -19,13 +19,13 @@ from hfprune.structure.anatomy import (
     check_whole,
     layer_of,
     moe_of,
-    slices,
+    owned_slices,
     stack_of,
 )
 from hfprune.structure.architectures import Attention, Stack, row_of
 from hfprune.structure.checkpoint import adopt, own_config
 from hfprune.structure.cost import Selection
-from hfprune.structure.modeling_hfprune import PATCH, empty_attention, help_forward, resize
+from hfprune.structure.modeling_hfprune import NUMBERS, PATCH, empty_attention, help_forward, resize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +62,7 @@ def cut(
         keep = sorted(selection.get(group.name, range(group.units)))
         if len(keep) < group.units:
             kv = group.kv_of(keep)
-            _cut_slices(slices(model, group), keep, kv)
+            _cut_slices(owned_slices(model, group), keep, kv)
             layer, stack = layer_of(model, group), stack_of(model, group)
             if group.kind == "head":
                 _count_heads(layer, stack.attentions[group.part], group, keep, len(kv))
@@ -150,7 +150,10 @@ def _cut_experts(model: PreTrainedModel, block: Block, keep: Sequence[int]) -> N
         _set_present(module, {"num_experts": len(keep)})
 
 
-_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+_PER_LAYER = (
+    *("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers"),
+    "attention_window",
+)
 
 
 def _drop_layers(model: PreTrainedModel, stack: Stack, block: Block, keep: Sequence[int]) -> None:
@@ -161,8 +164,7 @@ def _drop_layers(model: PreTrainedModel, stack: Stack, block: Block, keep: Seque
     setattr(parent, name, nn.ModuleList([layers[old] for old in keep]))
     for new, old in enumerate(keep):
         for module in layers[old].modules():
-            if "layer_idx" in vars(module):
-                vars(module)["layer_idx"] = new
+            _set_present(module, dict.fromkeys(NUMBERS, new))
     config = model.config
     *inside, names = stack.depth.split(".")
     for part in inside:
@@ -178,6 +180,8 @@ def _drop_layers(model: PreTrainedModel, stack: Stack, block: Block, keep: Seque
         values = getattr(config, listed, None)
         if isinstance(values, list) and len(values) == block.units:
             setattr(config, listed, [values[old] for old in keep])
+    if hasattr(config, "attention_types"):  # gpt_neo reads its layers' kinds from runs of them
+        config.attention_types = [[[kind], 1] for kind in config.attention_layers]
     if getattr(config, "mlp_only_layers", None):
         config.mlp_only_layers = [keep.index(n) for n in config.mlp_only_layers if n in keep]
 

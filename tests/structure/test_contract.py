@@ -31,7 +31,8 @@ from hfprune.structure.surgery import copy_and_cut, cut
 TELLING = {
     *("bert", "distilbert", "deberta-v2", "modernbert", "mpnet", "vit", "dinov2", "beit", "clip"),
     *("llama", "qwen3", "gemma3_text", "phi3", "olmo2", "gpt2", "gpt_neox", "bloom", "opt"),
-    *("bart", "t5", "whisper", "wav2vec2", "mixtral", "qwen2_moe", "olmoe"),
+    *("bart", "t5", "whisper", "wav2vec2", "mixtral", "qwen2_moe", "olmoe", "gpt_oss"),
+    *("longformer", "falcon", "gpt_bigcode", "gpt_neo", "siglip2"),
 }
 
 
@@ -89,8 +90,9 @@ def only(dense, keep):
                 continue
             moe = ROWS[dense.config.model_type].stacks[block.stack].moe
             router = base.get_submodule(block.name.removesuffix(moe.experts) + moe.router)
-            stack.callback(setattr, router, "weight", router.weight)
-            router.weight = torch.nn.Parameter(router.weight[units])
+            for name, parameter in list(router.named_parameters()):
+                stack.callback(setattr, router, name, parameter)
+                setattr(router, name, torch.nn.Parameter(parameter[units]))
             hook = router.register_forward_hook(
                 lambda module, args, output, units=units: (*output[:-1], units[output[-1]])
             )
@@ -206,7 +208,7 @@ def counted_in_layers(model, inputs, anatomy):
     }
 
 
-@every_family
+@every_family_if_slow
 def test_cost_counts_what_is_there(family):
     dense, pruned, keep = dense_and_pruned(family)
     before, after = Anatomy.of(dense), Anatomy.of(pruned)
@@ -226,7 +228,7 @@ def test_cost_counts_what_is_there(family):
             assert stack_macs(anatomy, stack, lengths[stack]) == counted
 
 
-@every_family
+@every_family_if_slow
 def test_keeping_everything_changes_nothing_and_twice_is_the_union(family):
     dense, pruned, keep = dense_and_pruned(family)
     anatomy, inputs = Anatomy.of(dense), tiny.batch(dense)

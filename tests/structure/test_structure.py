@@ -14,7 +14,7 @@ from transformers import CLIPVisionModel
 
 from hfprune.errors import CheckpointError, HfpruneError, UnsupportedModelError
 from hfprune.structure.anatomy import Anatomy
-from hfprune.structure.architectures import ROWS, Row, family_table, register
+from hfprune.structure.architectures import REFUSED, ROWS, Row, family_table, register
 from hfprune.structure.checkpoint import as_stock, from_pretrained
 from hfprune.structure.cost import counted_macs, layers_macs
 from hfprune.structure.modeling_hfprune import (
@@ -217,10 +217,32 @@ def test_an_unknown_family_names_the_nearest_row():
         Anatomy.of(model)
 
 
-def test_a_variant_outside_its_row_is_refused():
-    model = tiny.model("stablelm")
-    model.config.qk_layernorm = True
-    with pytest.raises(UnsupportedModelError, match="qk_layernorm"):
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_family_that_no_row_can_describe_is_refused_with_the_reason(family):
+    model = tiny.model("bert")
+    model.config.model_type = family
+    with pytest.raises(UnsupportedModelError, match=REFUSED[family]):
+        Anatomy.of(model)
+
+
+def test_what_is_not_a_unit_is_said_where_the_anatomy_is_shown():
+    for family in ("olmo2", "olmoe", "longformer"):
+        assert str(Anatomy.of(tiny.model(family))).endswith(f"Note: {ROWS[family].note}.")
+        assert not [g for g in Anatomy.of(tiny.model(family)) if g.kind == "head"]
+
+
+@pytest.mark.parametrize(
+    ("family", "flag", "value", "says"),
+    [
+        ("stablelm", "qk_layernorm", True, "qk_layernorm set"),
+        ("gpt2", "add_cross_attention", True, "add_cross_attention set"),
+        ("falcon", "multi_query", False, "multi_query unset"),
+    ],
+)
+def test_a_variant_outside_its_row_is_refused(family, flag, value, says):
+    model = tiny.model(family)
+    setattr(model.config, flag, value)
+    with pytest.raises(UnsupportedModelError, match=says):
         Anatomy.of(model)
 
 
