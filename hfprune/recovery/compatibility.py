@@ -60,6 +60,22 @@ def refuse_missing_head(model: PreTrainedModel, weights: Mapping[str, float]) ->
         )
 
 
+def refuse_uncached(weights: Mapping[str, float], train_dataset: Any) -> None:
+    """Refuse to learn from a cache what it does not hold."""
+    asked = [part for part in ("hidden", "attention", "embedding") if weights[part]]
+    if asked or not weights["logits"]:
+        raise RecipeError(
+            "A teacher's cache holds its logits and nothing else: set logits_weight above 0, and "
+            f"{', '.join(f'{part}_weight' for part in asked) or 'the others'} to 0."
+        )
+    if not hasattr(train_dataset, "__getitem__") or not hasattr(train_dataset, "__len__"):
+        raise RecipeError(
+            f"A teacher's cache needs a train_dataset whose rows have numbers; a "
+            f"{type(train_dataset).__name__} is only iterated over. Load it whole, or train "
+            "without a cache."
+        )
+
+
 def refuse_unknown(what: str, given: str, allowed: Iterable[str]) -> None:
     """Refuse a name that is not among the allowed."""
     if given not in allowed:

@@ -32,6 +32,7 @@ from hfprune.recovery.compatibility import (
     refuse_missing_head,
     refuse_other_classes,
     refuse_same,
+    refuse_uncached,
     refuse_unknown,
     submodule,
 )
@@ -43,10 +44,12 @@ from hfprune.recovery.losses import (
     DivergenceKind,
     embedding_loss,
     logits_loss,
+    only_logits,
     pooled,
     spread_layers,
     state_loss,
 )
+from hfprune.recovery.teacher_cache import ROW, Numbered, TeacherCache, numbered
 from hfprune.structure.checkpoint import from_pretrained
 
 if TYPE_CHECKING:
@@ -145,6 +148,8 @@ class DistillationTrainer(Trainer):
             most families: map the last to the last.
         attention_outlets: for `attention_weight`: the path of each attention output projection in
             the student -> its path in the teacher.
+        teacher_cache: read the teacher's logits from disk, and write them there once; then they are
+            all that the student learns of the teacher.
         **trainer_arguments: as in `transformers.Trainer`: train_dataset, eval_dataset,
             data_collator, processing_class, compute_metrics, callbacks, optimizers...
 
@@ -164,6 +169,7 @@ class DistillationTrainer(Trainer):
         *,
         layer_map: Sequence[int] | None = None,
         attention_outlets: Mapping[str, str] | None = None,
+        teacher_cache: TeacherCache | None = None,
         **trainer_arguments: Any,
     ) -> None:
         inside = getattr(model, "get_base_model", lambda: model)()  # PEFT wraps it
@@ -174,6 +180,8 @@ class DistillationTrainer(Trainer):
         refuse_same(student, teacher)
         refuse_arguments(args, trainer_arguments)
         refuse_missing_head(student, args.weights())
+        if teacher_cache is not None:
+            refuse_uncached(args.weights(), trainer_arguments.get("train_dataset"))
         if args.logits_weight:
             refuse_other_classes(student, teacher)
         if args.attention_weight and not attention_outlets:
@@ -189,7 +197,11 @@ class DistillationTrainer(Trainer):
         if args.load_best_model_at_end:
             self.add_callback(StartCompetes(self))
         self.teacher = teacher.eval()
-        if getattr(teacher, "hf_device_map", None) is None:
+        self._cache = teacher_cache
+        if teacher_cache is not None:
+            self.train_dataset = Numbered(self.train_dataset)
+            self.data_collator = numbered(self.data_collator)
+        elif getattr(teacher, "hf_device_map", None) is None:
             self._move_model_to_device(teacher, args.device)
         self._divergence = Divergence(args.divergence, args.temperature, args.skew)
         self._weights = {part: weight for part, weight in args.weights().items() if weight}
@@ -214,6 +226,8 @@ class DistillationTrainer(Trainer):
         for the student as it came.
         """
         self._reset_parts()
+        if self._cache is not None:
+            self._prepare_cache(self._cache)
         with (
             use_cache(self._student, self.args.use_cache),
             use_cache(self.teacher, self.args.use_cache),
@@ -270,11 +284,16 @@ class DistillationTrainer(Trainer):
         # Gradients are averaged over processes, hence the factor.
         scale = Counted(*(self.accelerator.num_processes / totals.clamp(min=1)))  # type: ignore[union-attr]
 
+        rows = inputs.pop(ROW, None)
         states = {"output_hidden_states": True} if self.args.hidden_weight else {}
         with _outputs_of(self._student_outlets) as student_outlets:
             student = model(**inputs, **states)
         with _outputs_of(self._teacher_outlets) as teacher_outlets:
-            teacher = self._teacher_outputs(inputs, states)
+            teacher: Mapping[str, Any] = (
+                self._teacher_outputs(inputs, states)
+                if self._cache is None or rows is None
+                else {"logits": self._cache.logits(rows, counted.predictions)}
+            )
 
         parts: dict[str, Tensor] = {}
         if self.args.task_weight:
@@ -339,6 +358,31 @@ class DistillationTrainer(Trainer):
                 "0."
             )
         self._part_sums += values
+
+    def _prepare_cache(self, cache: TeacherCache) -> None:
+        """Find or make the cache; the teacher is on the device only as long as it is asked."""
+        placed = getattr(self.teacher, "hf_device_map", None) is not None
+        if not placed:
+            self._move_model_to_device(self.teacher, self.args.device)
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+        with use_cache(self.teacher, self.args.use_cache):
+            cache.prepare(
+                self.teacher,
+                cast(Numbered, self.train_dataset),
+                collate,
+                lambda batch: only_logits(self._teacher_outputs(batch, {})),
+                shifted=self._shifted,
+                accelerator=self.accelerator,
+            )
+        if not placed:
+            self.teacher.to("cpu")
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Let the numbers of the rows through to the cache."""
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns or []
+        if self._cache is not None and ROW not in columns:
+            columns.append(ROW)
 
     @torch.no_grad()
     def _teacher_outputs(

@@ -168,6 +168,20 @@ def logits_loss(
     return divergence(logits_q, logits_p).sum()
 
 
+def only_logits(outputs: Mapping[str, Tensor]) -> Tensor:
+    """The logits of a model's outputs.
+
+    Raises:
+        DataError: there are none under that name.
+    """
+    if "logits" not in outputs:
+        raise DataError(
+            f"The teacher returns {', '.join(outputs)} and no logits that a cache could hold; "
+            "train without a cache."
+        )
+    return outputs["logits"]
+
+
 def _unpadded(logits: Tensor, counted: Counted) -> Tensor:
     """Span logits (batch, tokens) with no probability left on padding."""
     if counted.positions.dim() == 1:

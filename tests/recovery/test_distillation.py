@@ -147,13 +147,17 @@ def arguments(folder, **changes):
     return DistillationArguments(**settings)
 
 
-def trainer_of(student, teacher, folder, dataset=None, layer_map=None, outlets=None, **changes):
+def trainer_of(
+    student, teacher, folder, dataset=None, layer_map=None, outlets=None, teacher_cache=None,
+    **changes,
+):  # fmt: skip
     return DistillationTrainer(
         student,
         teacher,
         arguments(folder, **changes),
         layer_map=layer_map,
         attention_outlets=outlets,
+        teacher_cache=teacher_cache,
         train_dataset=dataset,
         data_collator=collate,
     )
