@@ -130,4 +130,6 @@ def in_all(
         values = importance[group.name]
         whole = max(float(values.sum()), 1e-300)
         lost[group.name] = 1 - float(values[list(keep[group.name])].sum()) / whole
-    return dataclasses.replace(earlier, keep=keep, budget=budget, lost=lost, gap=cut.gap)
+    # What the last cut was worth at its margin says nothing of both cuts together.
+    whole_plan = dataclasses.replace(earlier, spending=(), margins={})
+    return dataclasses.replace(whole_plan, keep=keep, budget=budget, lost=lost, gap=cut.gap)

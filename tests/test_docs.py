@@ -62,6 +62,15 @@ def test_the_page_on_publishing_names_options_that_are_there():
     assert {"--dry-run", "--rehearse", "--revision"} <= named <= options
 
 
+def test_a_model_is_planned_as_the_page_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = run(DOCS / "planning.md")
+    said = capsys.readouterr().out
+    assert "No structure keeps only macs=1%" in said and "the least is macs=" in said
+    assert "worth of next" in said and "at the margin" in said
+    assert names["small"].macs_share <= 0.4
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)

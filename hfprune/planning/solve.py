@@ -196,7 +196,8 @@ def solve(
     for own, option in zip(offers, choice.picks, strict=True):
         name = own.group.name
         keep[name] = own.units(option)
-        lost[name] = float(own.loss[option] / max(float(importance[name].sum()), 1e-300))
+        whole = max(float(importance[name].sum()), 1e-300)
+        lost[name] = max(0.0, float(own.loss[option]) / whole)  # a sum in another order: not -0.0
         if prices.any():
             margins[name] = own.margin(option, prices)
     return PruningPlan(
