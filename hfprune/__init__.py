@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hfprune.recovery.gradual import GradualPruning
     from hfprune.recovery.schedule import Schedule
     from hfprune.recovery.sparse_training import GradualSparsity, KeepSparse
+    from hfprune.recovery.teacher_cache import TeacherCache
     from hfprune.structure.anatomy import Anatomy
     from hfprune.structure.architectures import Row, register
     from hfprune.structure.checkpoint import as_stock, from_pretrained
@@ -54,6 +55,7 @@ _HOMES = {
     "Schedule": "recovery.schedule",
     "Scores": "importance.scoring",
     "Sparsity": "importance.sparsity",
+    "TeacherCache": "recovery.teacher_cache",
     "as_stock": "structure.checkpoint",
     "compensate": "recovery.compensation",
     "criterion": "importance.criteria",
@@ -90,6 +92,7 @@ __all__ = [
     "Schedule",
     "Scores",
     "Sparsity",
+    "TeacherCache",
     "as_stock",
     "compensate",
     "criterion",

@@ -147,7 +147,7 @@ def score(
     wanted = {name: criterion_named(name) for name in criteria or cheap}
     chosen = loss_named(loss, seed) if isinstance(loss, str) else loss
     anatomy = Anatomy.of(model)
-    gathering = _Gathering(model, anatomy, joint=not JOINT.isdisjoint(wanted))
+    gathering = Gathering(model, anatomy, joint=not JOINT.isdisjoint(wanted))
     total = len(batches) if isinstance(batches, Sized) else None
     # The graph would hold every weight that was brought; computed again, a layer brings its own.
     offloaded = any(map(is_offloaded, model.modules()))
@@ -219,7 +219,7 @@ def _ranks(values: torch.Tensor) -> torch.Tensor:
     return (counts.cumsum(0) - (counts - 1) / 2)[which].double()
 
 
-class _Gathering:
+class Gathering:
     """Running sums per group, in two halves of the examples so that their agreement shows."""
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy, joint: bool = False) -> None:

@@ -28,9 +28,9 @@ from transformers import (
 )
 
 from hfprune.errors import BudgetError, DataError, HfpruneError
-from hfprune.importance.criteria import criterion_named
+from hfprune.importance.criteria import JOINT, criterion_named
 from hfprune.importance.gates import gate_gradients, gated, outlet_of
-from hfprune.importance.scoring import Scores, _Gathering
+from hfprune.importance.scoring import Gathering, Scores
 from hfprune.planning.budget import Budget
 from hfprune.planning.constraints import Constraints
 from hfprune.planning.plan import PruningPlan
@@ -104,6 +104,11 @@ class GradualPruning(TrainerCallback):
         self._hooks, self._watching = ExitStack(), ExitStack()
         self._done = False
         criterion_named(criterion)
+        if criterion in JOINT:
+            raise HfpruneError(
+                f"{criterion} needs moments of whole layers, which are not gathered in training;"
+                " give fisher or taylor."
+            )
         if any(limit.absolute for limit in self._budget.limits):
             raise BudgetError(
                 f"Gradual pruning goes from all to a share of it, and {self._budget} is an amount;"
@@ -249,7 +254,7 @@ class GradualPruning(TrainerCallback):
         self._watching.enter_context(gated(model, self._gates))
 
     def _gather_anew(self, model: PreTrainedModel) -> None:
-        self._gathering = _Gathering(model, self._anatomy)
+        self._gathering = Gathering(model, self._anatomy)
         self._batches, self._overflowed = 0, False
 
     def _see_batch(

@@ -386,6 +386,7 @@ def test_only_checkpoints_of_the_final_structure_compete(tmp_path):
     [
         ({"budget": "params=5M"}, "give shares"),
         ({"criterion": "fischer"}, "Did you mean 'fisher'"),
+        ({"criterion": "reconstruction"}, "give fisher or taylor"),
         ({"smoothing": 1.0}, "smoothing is 1"),
         ({"constraints": hfprune.Constraints(layers=2)}, "not layers"),
     ],
