@@ -14,8 +14,8 @@ import torch
 
 from hfprune.errors import BudgetError
 from hfprune.planning.budget import Budget
-from hfprune.planning.plan import PruningPlan
 from hfprune.planning.constraints import Constraints
+from hfprune.planning.plan import PruningPlan
 from hfprune.recipe import Recipe
 from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.cost import layers_macs, layers_params
