@@ -8,6 +8,7 @@ import saved
 import typer
 from transformers import CONFIG_MAPPING
 
+import hfprune
 from hfprune import cli
 from hfprune.structure.architectures import ROWS
 
@@ -42,6 +43,20 @@ def test_a_new_family_is_added_and_pruned(registries, tmp_path, monkeypatch, cap
     assert "plain" in ROWS
     assert names["plan"].params_share == pytest.approx(0.6, abs=0.01)
     assert type(names["again"]).__name__ == "PlainClassifier"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # PEFT's
+def test_the_page_on_recovery_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    names = run(DOCS / "recovery.md")
+    assert "kept the weights of step" in capsys.readouterr().out
+    assert names["gradual"].plan.params_share == pytest.approx(0.6, abs=0.06)
+    for folder, model in (("out", "pruned"), ("gradual-out", "student")):
+        again = hfprune.from_pretrained(tmp_path / folder)
+        assert type(again).__name__ == "BertForSequenceClassification"
+        assert again.num_parameters() == names[model].num_parameters()
+    assert names["student"].num_parameters() < names["dense"].num_parameters()
 
 
 @pytest.mark.slow
