@@ -38,7 +38,7 @@ from hfprune.publishing.units import Pruning
 from hfprune.recipe import Recipe
 from hfprune.recovery.compensation import compensate
 from hfprune.rounds import Round, budget_on_given, constraints_on_given, in_all
-from hfprune.structure.checkpoint import from_pretrained
+from hfprune.structure.checkpoint import from_pretrained, remember_origin
 from hfprune.structure.cost import counted_macs
 from hfprune.training import Training
 
@@ -277,6 +277,7 @@ class Steps:
             vars(model).update(hf_quantizer=None, is_quantized=False)
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
+        remember_origin(model, self.recipe.revision, self.recipe.gguf_file or "config.json")
         return model.eval()
 
     def make_scores(self, this: Round, path: Path) -> None:

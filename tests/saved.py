@@ -12,6 +12,7 @@ from hfprune.planning.budget import Budget
 from hfprune.planning.plan import PruningPlan
 from hfprune.publishing.figures import draw_kept
 from hfprune.publishing.report import Report, Variant
+from hfprune.recipe import Recipe
 from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.surgery import copy_and_cut
 
@@ -61,31 +62,24 @@ def report(names=("dense", "distilled"), metric="accuracy"):
     return Report(variants, 9, machine, {"dense": 61.5}, recipe=RECIPE)
 
 
-RECIPE = {
-    "model": "base/bert",
-    "output": "/home/somebody/run",
-    "data": {
-        "train": "/home/somebody/train.jsonl",
-        "dev": "/home/somebody/dev.jsonl",
-        "test": "/home/somebody/test.jsonl",
-        "dataset": None,
-        "config": None,
-        "revision": None,
-        "max_length": 12,
-    },
-    "task": "text-classification",
-    "revision": None,
-    "seed": 7,
-    "finetune": {"epochs": 1.0, "learning_rate": 1e-3, "batch_size": 8},
-    "score": {"examples": 1024, "batch_size": 4, "loss": "labels"},
-    "prune": {"budget": "macs=50%", "criterion": "fisher", "compensate": True},
-    "distill": {"epochs": 2.0, "learning_rate": 1e-4, "batch_size": 8},
-}
+RECIPE = Recipe.from_dict(
+    {
+        "model": "/home/somebody/bert",
+        "output": "/home/somebody/run",
+        "data": {
+            **{split: f"/home/somebody/{split}.jsonl" for split in ("train", "dev", "test")},
+            "max_length": 12,
+        },
+        "seed": 7,
+        "finetune": {"epochs": 1, "learning_rate": 1e-3, "batch_size": 8},
+        "distill": {"epochs": 2, "learning_rate": 1e-4, "batch_size": 8},
+    }
+).to_dict()
 
 
-def run(folder, **changes):
+def run(folder, base=None, **changes):
     """The folder of a finished run, as far as it is published."""
-    save(folder / "distilled")
+    save(folder / "distilled", base=base)
     plan = plan_of(tiny.model("bert", "AutoModelForSequenceClassification"))
     plan.save(folder / "plan.json")
     draw_kept(plan, folder / "kept.png")

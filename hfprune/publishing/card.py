@@ -57,15 +57,10 @@ class Inherited:
     restricted: str = ""
 
 
-def base_of(parcel: Parcel) -> tuple[str, str | None] | None:
-    """Hub id and revision of the dense model; None if it did not come from the Hub."""
+def base_of(parcel: Parcel) -> tuple[str, str] | None:
+    """Hub id and commit of the dense model; None if it did not come from the Hub."""
     base = parcel.config[KEY].get("base")
-    if base:
-        return base["id"], base["revision"]
-    named = str(parcel.recipe.get("model", ""))
-    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", named) and not Path(named).exists():
-        return named, parcel.recipe.get("revision")
-    return None
+    return (base["id"], base["revision"]) if base else None
 
 
 def task_of(parcel: Parcel) -> str | None:
@@ -303,8 +298,7 @@ def _made(parcel: Parcel) -> list[str]:
     recipe, base = parcel.recipe, base_of(parcel)
     lines = []
     if base:
-        at = f" at `{base[1]}`" if base[1] else ""
-        lines.append(f"Base: [{base[0]}](https://huggingface.co/{base[0]}){at}.")
+        lines.append(f"Base: [{base[0]}](https://huggingface.co/{base[0]}) at `{base[1]}`.")
     if not recipe:
         return [*lines, "Pruned and saved with hfprune; no recipe was kept."]
     data, prune, distill = recipe["data"], recipe["prune"], recipe.get("distill")

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from hfprune.errors import CheckpointError
 from hfprune.structure.anatomy import Anatomy, Group, stack_of
@@ -182,6 +183,33 @@ def as_stock(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def remember_origin(
+    model: PreTrainedModel, revision: str | None = None, file: str = "config.json"
+) -> None:
+    """Write into the config which commit of which Hub model this is, if it came from there.
+
+    What is saved is no Hub model any more; what is pruned from it later still names its base.
+
+    Args:
+        model: as it was loaded.
+        revision: with which it was loaded.
+        file: one that was read for it.
+    """
+    _note_commit(model, model.name_or_path or "", file, revision=revision)
+    base = _hub_origin(model)
+    if base and not hasattr(model.config, KEY):
+        setattr(model.config, KEY, {"version": VERSION, "modules": {}, "base": base})
+
+
+def _note_commit(
+    model: PreTrainedModel, model_id: str | os.PathLike[str], file: str, **hub: Any
+) -> None:
+    """Keep which commit of the Hub a model is; transformers no longer does since 5.24."""
+    if model_id and not os.path.exists(model_id):
+        path = cached_file(str(model_id), file, **hub)
+        model.config._commit_hash = extract_commit_hash(path, None)
+
+
 def _hub_origin(model: PreTrainedModel) -> dict[str, str]:
     """Id and revision of the Hub model that a model was loaded from, {} if it was not."""
     revision = getattr(model.config, "_commit_hash", None)
@@ -278,6 +306,7 @@ def from_pretrained(
     except StructureError as error:
         raise CheckpointError(f"{model_id}: {error}") from error
     model, info = loaded
+    _note_commit(model, model_id, "config.json", **hub)
     if modules and not auto_class:
         odd = {k: sorted(map(str, info[k])) for k in ("missing_keys", "unexpected_keys") if info[k]}
         if odd:

@@ -25,7 +25,7 @@ FIGURE = re.compile(r"\d[\d,.]*\s?(%|ms|MB|M)(?![\w])")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return saved.run(tmp_path_factory.mktemp("run"))
+    return saved.run(tmp_path_factory.mktemp("run"), base=saved.BASE)
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,14 @@ import saved
 import torch
 import yaml
 from huggingface_hub import HfApi, constants
-from test_data import tiny_tokenizer
+from test_data import sentences, tiny_tokenizer, write
 
 import hfprune
 from hfprune.errors import HfpruneError, PublishError
 from hfprune.publishing.hub import publish
 from hfprune.publishing.parcel import RECORD
 from hfprune.publishing.rehearsal_api import User
+from hfprune.recipe import Recipe
 
 MODEL_FILES = {
     "README.md",
@@ -481,3 +482,32 @@ def test_the_card_of_a_stock_push_is_kept_as_a_persons(hub, model):
     head = hub.repos["me/model"].refs["refs/heads/main"]
     quietly(model, parent_commit=head)
     assert b"# By hand" in files(hub)["README.md"]
+
+
+# Where the dense model came from.
+
+
+def test_a_run_remembers_which_commit_its_model_is(hub, tmp_path):
+    import tiny
+
+    files = write(tmp_path, train=sentences(8), dev=sentences(4, 1), test=sentences(4, 2))
+    tiny.model("bert", "AutoModelForSequenceClassification").save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    hub.create("me/dense")
+    contents = {path.name: path.read_bytes() for path in (tmp_path / "dense").iterdir()}
+    commit = hub.put("me/dense", contents)
+    recipe = Recipe.from_dict(
+        {
+            "model": "me/dense",
+            "output": str(tmp_path / "run"),
+            "data": {split: getattr(files, split) for split in ("train", "dev", "test")},
+            "measure": {"batch_sizes": [1]},
+        }
+    )
+    hfprune.run(recipe, say=lambda line: None, until="dense")
+    hub.put("me/dense", {"README.md": b"# Another commit\n"})
+    dense = hfprune.from_pretrained(tmp_path / "run" / "dense")
+    again = hfprune.from_pretrained("me/dense", revision=commit)
+    for model in (dense, again):
+        pruned = hfprune.remove(model, saved.plan_of(model))
+        assert pruned.config.hfprune["base"] == {"id": "me/dense", "revision": commit}
