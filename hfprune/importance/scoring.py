@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from hfprune.errors import DataError, HfpruneError, unknown
 from hfprune.importance.criteria import CRITERIA, JOINT, Evidence, criterion_named
+from hfprune.importance.diagnosis import check_finite, warn_if_unsettled
 from hfprune.importance.gates import (
     Receiver,
     frozen,
@@ -140,8 +141,8 @@ def score(
 
     Raises:
         HfpruneError: an unknown criterion or loss.
-        DataError: no batches, no labels, a loss that is not finite (names the batch), or one that
-            does not depend on some group of units (names the group).
+        DataError: no batches, no labels, a loss that is not finite (names the batch and the layer),
+            or one that does not depend on some group of units (names the group).
     """
     cheap = [name for name in CRITERIA if name not in JOINT]
     wanted = {name: criterion_named(name) for name in criteria or cheap}
@@ -159,8 +160,7 @@ def score(
             here = {name: tensor.to(device) for name, tensor in batch.items()}
             gathering.start(here, index, counts)
             value = chosen(model, here)
-            if not torch.isfinite(value):
-                raise DataError(f"The loss of calibration batch {index} is {value.item()}.")
+            check_finite(value, index, model, here, chosen)
             if not value.requires_grad:
                 raise DataError("The loss does not depend on any head or neuron of the model.")
             value.backward()
@@ -182,6 +182,7 @@ def score(
                 torch.cat([wanted[name](pair[half]) for _, pair in evidence]) for half in (0, 1)
             ]
             agreement[name] = rank_correlation(*halves)
+    warn_if_unsettled(agreement, gathering.examples)
     return Scores(
         importance,
         anatomy.fingerprint,

@@ -1,0 +1,51 @@
+"""What a user is told when a calibration is no good."""
+
+import logging
+
+import pytest
+import tiny
+import torch
+from test_gates import make
+from test_scoring import rows
+
+from hfprune.errors import DataError
+from hfprune.importance import diagnosis
+from hfprune.importance.scoring import score
+
+
+def test_the_first_layer_that_is_not_finite_is_named():
+    model, batch = make("bert")
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.bias[3] = torch.inf
+    with pytest.raises(DataError, match=r"batch 0 is nan: encoder\.layer\.1 is the first layer"):
+        score(model, [batch])
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_labels_that_are_not_finite():
+    model = tiny.model("bert", "AutoModelForSequenceClassification")
+    model.config.problem_type = "regression"
+    _, batch = make("bert")
+    batches = [batch | {"labels": torch.full((5, 2), value)} for value in (0.5, torch.nan)]
+    with pytest.raises(DataError, match=r"batch 1 is nan: the layers give finite .* its labels"):
+        score(model, batches)
+
+
+def test_halves_that_disagree_are_told(caplog, monkeypatch):
+    monkeypatch.setattr(diagnosis, "ALIKE", 0.9999)  # random weights agree better than trained
+    model, batch = make("bert")
+    batches = [rows(batch, slice(i, i + 1)) for i in range(4)]
+    with caplog.at_level(logging.WARNING):
+        agreement = score(model, batches, ["fisher"]).agreement["fisher"]
+    assert agreement < 0.9999
+    (said,) = caplog.messages
+    assert f"4 calibration examples rank the units alike only to {agreement:.2f} by fisher" in said
+    assert "Score 16 examples or more" in said
+
+
+def test_halves_that_agree_need_no_word(caplog):
+    model, batch = make("bert")
+    with caplog.at_level(logging.WARNING):
+        score(model, [rows(batch, torch.tensor([0, 0, 1, 1, 2, 2]))])
+        score(model, [batch], ["magnitude"])
+    assert not caplog.messages
