@@ -301,10 +301,20 @@ def _entry(path: str, blob: Blob) -> dict[str, Any]:
 
 
 @_route("GET", "/api/models/{repo}/tree/{revision}")
-def _tree(request: Request, name: str, revision: str) -> Answer:
+@_route("GET", "/api/models/{repo}/tree/{revision}/{path:")
+def _tree(request: Request, name: str, revision: str, path: str = "") -> Answer:
     repo = request.repo(name)
     files = repo.commits[repo.find(revision)].files
-    return Answer([_entry(path, blob) for path, blob in sorted(files.items())])
+    start = f"{path}/" if path else ""
+    inside = {file: blob for file, blob in sorted(files.items()) if file.startswith(start)}
+    if not inside:
+        raise Refusal(404, "EntryNotFound", f"{path} does not exist")
+    if request.query.get("recursive", ["true"])[0].lower() == "true":
+        return Answer([_entry(file, blob) for file, blob in inside.items()])
+    deeper = {file[len(start) :].split("/")[0] for file in inside if "/" in file[len(start) :]}
+    folders = [{"type": "directory", "path": start + d, "oid": "", "size": 0} for d in deeper]
+    here = [_entry(f, blob) for f, blob in inside.items() if "/" not in f[len(start) :]]
+    return Answer([*folders, *here])
 
 
 @_route("POST", "/api/models/{repo}/paths-info/{revision}")
@@ -463,6 +473,8 @@ def respond(
     store: Store, method: str, path: str, headers: Mapping[str, str], body: bytes
 ) -> Answer:
     """Answer one request; refusals are answers too."""
+    if path.startswith(("/datasets/", "/api/datasets/")):  # kept among the models
+        path = path.replace("/api/datasets/", "/api/models/").removeprefix("/datasets")
     address = urlsplit(path)
     token = headers.get("Authorization", "").removeprefix("Bearer ")
     query = parse_qs(address.query, keep_blank_values=True)

@@ -21,11 +21,12 @@ from huggingface_hub import HfApi, constants
 from test_data import sentences, tiny_tokenizer, write
 
 import hfprune
+from hfprune.data import load_texts
 from hfprune.errors import HfpruneError, PublishError
 from hfprune.publishing.hub import publish
 from hfprune.publishing.parcel import RECORD
 from hfprune.publishing.rehearsal_api import User
-from hfprune.recipe import Recipe
+from hfprune.recipe import Data, Recipe
 
 MODEL_FILES = {
     "README.md",
@@ -511,3 +512,24 @@ def test_a_run_remembers_which_commit_its_model_is(hub, tmp_path):
     for model in (dense, again):
         pruned = hfprune.remove(model, saved.plan_of(model))
         assert pruned.config.hfprune["base"] == {"id": "me/dense", "revision": commit}
+
+
+def test_a_data_set_is_read_at_its_revision(hub, tmp_path, monkeypatch):
+    from datasets import config
+
+    monkeypatch.setattr(config, "HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "data")
+    hub.create("me/movies")
+
+    def put(text):
+        row = json.dumps({"text": text, "label": 1}).encode()
+        return hub.put("me/movies", dict.fromkeys(("train.jsonl", "test.jsonl"), row))
+
+    commits = [put("good"), put("bad")]
+    names = {"train": "train", "dev": "train", "test": "test"}
+    for commit, text in zip(commits, ("good", "bad"), strict=True):
+        loaded = load_texts(Data(dataset="me/movies", revision=commit, **names))
+        assert {split: dataset["text"][0] for split, dataset in loaded.items()} == dict.fromkeys(
+            names, text
+        )
