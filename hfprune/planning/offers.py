@@ -37,6 +37,11 @@ class Offer:
     cost: Ints
     loss: Floats
 
+    @property
+    def largest(self) -> int:
+        """The option that keeps all there is to choose from."""
+        return int(np.argmax(self.kv * self.per_kv))
+
     def units(self, option: int) -> tuple[int, ...]:
         """The units that an option keeps, ascending."""
         kv, per_kv = int(self.kv[option]), int(self.per_kv[option])

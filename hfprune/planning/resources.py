@@ -16,6 +16,7 @@ from hfprune.structure.cost import (
     group_params,
     layers_macs,
     layers_params,
+    table_params,
 )
 from hfprune.structure.memory import Memory
 
@@ -25,7 +26,8 @@ class Meter:
     """Counts one resource in whole numbers: MACs, parameters, bytes or nanoseconds.
 
     Attributes:
-        of_group: (group, units, KV groups) that stay -> what the group costs.
+        of_group: (group, units, KV groups) that stay -> what the group costs, in a stack that loses
+            heads.
         of_all: selection -> what all that is counted costs.
     """
 
@@ -61,7 +63,13 @@ def meter(
             lambda keep: layers_macs(anatomy, tokens, keep),
         )
     if limit.resource == "params":
-        return Meter(group_params, lambda keep: layers_params(anatomy, keep))
+        tables = table_params(anatomy)
+        return Meter(
+            lambda group, units, kv: (
+                group_params(group, units, kv) + units * tables.get(group.name, 0)
+            ),
+            lambda keep: layers_params(anatomy, keep),
+        )
     if limit.resource == "memory":
         memory = Memory.of(model, *shape)
         return Meter(memory.of_group, memory.of_all)

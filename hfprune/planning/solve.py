@@ -34,7 +34,7 @@ def plan(
     model: PreTrainedModel,
     scores: Scores,
     budget: str | Budget | Sequence[str],
-    criterion: str = "fisher",
+    criterion: str = "reconstruction",
     constraints: Constraints | None = None,
     tokens: int | None = None,
     latency: LatencyTable | None = None,
@@ -72,7 +72,7 @@ def plan_family(
     model: PreTrainedModel,
     scores: Scores,
     budgets: Sequence[str | Budget | Sequence[str]],
-    criterion: str = "fisher",
+    criterion: str = "reconstruction",
     constraints: Constraints | None = None,
     tokens: int | None = None,
     latency: LatencyTable | None = None,
@@ -186,20 +186,20 @@ def solve(
     together = tied(offers) if constraints.uniform else [[n] for n in range(len(offers))]
     account = _Account.of(budget, meters, keep, offers)
     total = sum(float(importance[g.name].sum()) for g in anatomy) or 1.0
-    account.check_reachable(offers, constraints)
-    choice = _choose(offers, together, account.limits - account.fixed, total)
-    spent = account.fixed + sum(o.cost[i] for o, i in zip(offers, choice.picks, strict=True))
+    choice = Choice([own.largest for own in offers], 0.0, [0.0] * len(meters))
+    if (account.spent(_left(anatomy, keep, offers, choice)) > account.limits).any():
+        account.check_reachable(offers, constraints)
+        choice = _choose(offers, together, account.limits - account.fixed, total)
+    keep = _left(anatomy, keep, offers, choice)
+    spent, prices = account.spent(keep), np.array(choice.prices)
     account.check_met(spent, constraints.tolerance)
-    prices = np.array(choice.prices)
-    keep |= {group.name: () for group in anatomy}
     lost, margins = dict.fromkeys(anatomy.everything, 1.0), {}
     for own, option in zip(offers, choice.picks, strict=True):
-        name = own.group.name
-        keep[name] = own.units(option)
-        whole = max(float(importance[name].sum()), 1e-300)
-        lost[name] = max(0.0, float(own.loss[option]) / whole)  # a sum in another order: not -0.0
+        whole = max(float(importance[own.group.name].sum()), 1e-300)
+        # A sum in another order can be a little negative.
+        lost[own.group.name] = max(0.0, float(own.loss[option]) / whole)
         if prices.any():
-            margins[name] = own.margin(option, prices)
+            margins[own.group.name] = own.margin(option, prices)
     return PruningPlan(
         anatomy,
         keep,
@@ -215,6 +215,17 @@ def solve(
             for before, after, price in zip(account.dense, spent, prices, strict=True)
         ),
     )
+
+
+def _left(
+    anatomy: Anatomy,
+    blocks: Mapping[str, tuple[int, ...]],
+    offers: Sequence[Offer],
+    choice: Choice,
+) -> dict[str, tuple[int, ...]]:
+    """The selection that a choice leaves; groups without an offer lose all."""
+    left = {own.group.name: own.units(i) for own, i in zip(offers, choice.picks, strict=True)}
+    return {**blocks, **{group.name: () for group in anatomy}, **left}
 
 
 def _choose(
@@ -247,6 +258,7 @@ class _Account:
     """
 
     budget: Budget
+    meters: Sequence[Meter]
     dense: Ints
     limits: Ints
     fixed: Ints
@@ -257,12 +269,16 @@ class _Account:
     ) -> _Account:
         dense = np.array([meter.of_all({}) for meter in meters])
         limits = [n.of(int(all_)) for n, all_ in zip(budget.limits, dense, strict=True)]
+        empty = {**keep, **{own.group.name: () for own in offers}}
         fixed = [
-            meter.of_all(keep)
-            - sum(meter.of_group(o.group, o.group.units, o.group.kv_groups) for o in offers)
+            meter.of_all(empty) - sum(meter.of_group(own.group, 0, 0) for own in offers)
             for meter in meters
         ]
-        return _Account(budget, dense, np.array(limits), np.array(fixed))
+        return _Account(budget, meters, dense, np.array(limits), np.array(fixed))
+
+    def spent(self, keep: Selection) -> Ints:
+        """What a selection costs."""
+        return np.array([meter.of_all(keep) for meter in self.meters])
 
     def check_reachable(self, offers: Sequence[Offer], constraints: Constraints) -> None:
         """Refuse a limit below what the constraints leave.

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hfprune.structure.anatomy import Anatomy, Block, Group
+from hfprune.structure.architectures import ROWS, row_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,8 +77,39 @@ def layers_params(anatomy: Anatomy, selection: Selection | None = None) -> int:
     whole = sum(
         block.unit_params[unit] for block, units in _kept_blocks(anatomy, keep) for unit in units
     )
-    return whole + sum(
-        group_params(g, len(units), len(g.kv_of(units))) for g, units in _kept(anatomy, keep)
+    return (
+        whole
+        + sum(group_params(g, len(units), len(g.kv_of(units))) for g, units in _kept(anatomy, keep))
+        + _own_tables(anatomy, keep)
+    )
+
+
+def table_params(anatomy: Anatomy) -> dict[str, int]:
+    """{group name: parameters of one head's position biases}, of attentions that share the table of
+    layer 0 as long as their stack loses no heads (t5), and have their own as soon as it does.
+    """
+    stacks = row_of(anatomy.model_type).stacks if anatomy.model_type in ROWS else ()
+    found: dict[str, int] = {}
+    first: dict[tuple[int, int], int] = {}
+    for group in anatomy:
+        if group.kind == "head" and stacks and stacks[group.stack].attentions[group.part].bias:
+            of_first = first.setdefault((group.stack, group.part), group.unit_params)
+            if group.units and of_first > group.unit_params:
+                found[group.name] = of_first - group.unit_params
+    return found
+
+
+def _own_tables(anatomy: Anatomy, keep: Selection) -> int:
+    """Parameters of the tables of position biases that layers get of their own."""
+    kept = {group.name: units for group, units in _kept(anatomy, keep)}
+    changed = {b.stack for b in anatomy.stacks if 0 not in keep.get(b.name, (0,))}
+    for name, units in kept.items():
+        if anatomy[name].kind == "head" and len(units) < anatomy[name].units:
+            changed.add(anatomy[name].stack)
+    return sum(
+        params * len(kept[name])
+        for name, params in table_params(anatomy).items()
+        if name in kept and anatomy[name].stack in changed
     )
 
 

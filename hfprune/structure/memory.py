@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from hfprune.errors import UnsupportedModelError
 from hfprune.structure.anatomy import Anatomy, Group
 from hfprune.structure.architectures import row_of
-from hfprune.structure.cost import Selection, group_params, layers_params
+from hfprune.structure.cost import Selection, group_params, layers_params, table_params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,8 +75,11 @@ class Memory:
         return Memory(anatomy, sizes.pop(), cached, whole)
 
     def of_group(self, group: Group, units: int, kv_groups: int) -> int:
-        """Bytes of a group that keeps `units` units in `kv_groups` KV groups."""
-        return self.item * (group_params(group, units, kv_groups) + self._cache(group, kv_groups))
+        """Bytes of a group that keeps `units` units in `kv_groups` KV groups, of a stack that loses
+        heads.
+        """
+        params = group_params(group, units, kv_groups) + units * self._tables.get(group.name, 0)
+        return self.item * (params + self._cache(group, kv_groups))
 
     def of_all(self, keep: Selection) -> int:
         """Bytes of the whole model that a selection leaves."""
@@ -89,6 +93,10 @@ class Memory:
                 if g.stack == stack.stack and g.layer in stay
             )
         return self.item * numbers
+
+    @cached_property
+    def _tables(self) -> dict[str, int]:
+        return table_params(self.anatomy)
 
     def _cache(self, group: Group, kv_groups: int) -> int:
         # An emptied attention still tells the cache how many tokens went by, by a column of zeros.

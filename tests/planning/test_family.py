@@ -65,7 +65,7 @@ def test_the_largest_is_planned_as_if_alone_and_the_others_lose_little():
     costs = []
     for seed in range(20):
         scores = scored(model, seed)
-        importance = scores.by("fisher")
+        importance = scores.by("reconstruction")
         total = sum(float(v.sum()) for v in importance.values())
         family = plan_family(model, scores, budgets, constraints=constraints)
         alone = [plan(model, scores, budget, constraints=constraints) for budget in budgets]

@@ -134,7 +134,7 @@ def scored(model, seed=0, skew=2):
         g.name: torch.rand(g.units, generator=generator, dtype=torch.float64) ** skew
         for g in (*anatomy, *anatomy.experts)
     }
-    return Scores({"fisher": importance}, anatomy.fingerprint, 4, float(TOKENS), {})
+    return Scores({"reconstruction": importance}, anatomy.fingerprint, 4, float(TOKENS), {})
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "t5"])
@@ -145,7 +145,7 @@ def test_a_larger_budget_never_keeps_less(family, resource):
     shares = (0.3, 0.35, 0.5, 0.51, 0.52, 0.7, 0.9, 1.0)
     any_slack = Constraints(min_heads=0, min_neurons=0, tolerance=1.0)
     made = [plan(model, scores, share_of(resource, s), constraints=any_slack) for s in shares]
-    values = [kept(p, scores.by("fisher")) for p in made]
+    values = [kept(p, scores.by("reconstruction")) for p in made]
     assert values == sorted(values)
     assert values[0] < 0.9 * values[-1]
     assert made[-1].keep == Anatomy.of(model).everything
@@ -203,7 +203,7 @@ def test_of_several_limits_none_is_exceeded_and_one_is_met(budget, family):
         assert f"{limit}: " in made.explain()
     alone = [plan(model, scored(model), limit, constraints=Constraints(tolerance=0.02))
              for limit in budget.split(", ")]  # fmt: skip
-    importance = scored(model).by("fisher")
+    importance = scored(model).by("reconstruction")
     assert kept(made, importance) <= min(kept(one, importance) for one in alone) + 1e-9
 
 
@@ -261,6 +261,24 @@ def test_amounts_are_limits_too():
         plan(model, scored(model), "params=1K, macs=50%")
     nearest = re.search(r"the least is (params=[\d.]+K)\.", str(caught.value)).group(1)
     plan(model, scored(model), nearest)
+
+
+@pytest.mark.parametrize("text", ["params=60%", "params=97%", "memory=70%", "params=100%"])
+def test_layers_that_get_their_own_bias_tables_pay_for_them(text):
+    model = tiny.model("t5")
+    coarse = Constraints(tolerance=0.03)
+    made = plan(model, scored(model), text, constraints=coarse)
+    pruned = remove(model, made)
+    tables = [name for name, _ in pruned.named_parameters() if "relative_attention_bias" in name]
+    assert len(tables) == (2 if text == "params=100%" else 2 * tiny.LAYERS)
+    numel = [sum(p.numel() for p in m.parameters()) for m in (model, pruned)]
+    (spent,) = made.spending
+    outside = Anatomy.of(model).outside_params
+    if text.startswith("params"):
+        assert [spent.dense, spent.kept] == [count - outside for count in numel]
+    else:
+        assert spent.dense > 4 * numel[0] and spent.kept - 4 * numel[1] < spent.dense - 4 * numel[0]
+    assert spent.kept <= made.budget.limits[0].amount * spent.dense + 1
 
 
 @pytest.mark.parametrize("text", ["memory=70%", "memory=75%@4x40", "memory=80KB@2x30"])
@@ -360,7 +378,7 @@ def test_kv_groups_stay_whole_or_keep_equally_many_heads():
 def test_importance_all_zero_still_meets_the_budget():
     model = tiny.model("bert")
     scores = scored(model)
-    nothing = {name: torch.zeros_like(v) for name, v in scores.by("fisher").items()}
+    nothing = {name: torch.zeros_like(v) for name, v in scores.by("reconstruction").items()}
     made = solved(Anatomy.of(model), nothing, share_of("macs", 0.5), Constraints())
     assert 0.495 <= made.macs_share <= 0.5
     assert all(math.isfinite(share) for share in made.lost.values())
@@ -370,7 +388,7 @@ def test_scores_of_another_model_are_refused():
     model = tiny.model("bert")
     with pytest.raises(HfpruneError, match="measured on a model of another structure"):
         plan(model, scored(tiny.model("llama")), "macs=50%")
-    with pytest.raises(HfpruneError, match=r"'taylor'.*Available: fisher"):
+    with pytest.raises(HfpruneError, match=r"'taylor'.*Available: reconstruction"):
         plan(model, scored(model), "macs=50%", criterion="taylor")
 
 
@@ -510,7 +528,7 @@ def test_the_layers_of_least_importance_go_whole(family, resource):
     constraints = Constraints(layers=2, tolerance=0.03)  # the units of a tiny model are coarse
     made = plan(model, scores, share_of(resource, share), constraints=constraints)
     assert share * 0.97 <= getattr(made, f"{resource}_share") <= share * 1.0001
-    importance = scores.by("fisher")
+    importance = scores.by("reconstruction")
     assert set(made.dropped) == {stack.name for stack in made.anatomy.stacks}
     for stack in made.anatomy.stacks:
         worth = [
@@ -528,8 +546,7 @@ def test_the_layers_of_least_importance_go_whole(family, resource):
         expected = tiny.outputs(model, inputs)
     torch.testing.assert_close(tiny.outputs(pruned, inputs), expected, rtol=1e-4, atol=1e-4)
     before, after = Anatomy.of(model), Anatomy.of(pruned)
-    if family != "t5":  # whose layers have their own bias tables now
-        assert made.params_share == layers_params(after) / layers_params(before)
+    assert made.params_share == layers_params(after) / layers_params(before)
     assert made.macs_share == layers_macs(after, TOKENS) / layers_macs(before, TOKENS)
     assert PruningPlan.from_dict(made.to_dict()) == made
 
@@ -537,7 +554,7 @@ def test_the_layers_of_least_importance_go_whole(family, resource):
 def test_the_last_layer_may_go_and_its_predecessor_stands_for_it():
     model = tiny.model("bert")
     scores = scored(model)
-    for name, values in scores.by("fisher").items():
+    for name, values in scores.by("reconstruction").items():
         values *= name.startswith("encoder.layer.0")
     made = plan(model, scores, "macs=20%", constraints=Constraints(layers=1, tolerance=0.1))
     assert made.keep["encoder.layer"] == (0,) and made.layer_map == [2]
@@ -590,7 +607,7 @@ def test_the_experts_of_least_importance_go(family):
     assert 0.49 < made.params_share <= 0.52
     assert len(made.anatomy.experts) == tiny.LAYERS
     for block in made.anatomy.experts:
-        best = scores.by("fisher")[block.name].topk(3).indices.tolist()
+        best = scores.by("reconstruction")[block.name].topk(3).indices.tolist()
         assert made.keep[block.name] == tuple(sorted(best))
         said = f"Of {block.name}, these of 6 experts stay: {', '.join(map(str, sorted(best)))}."
         assert said in made.explain()
@@ -624,7 +641,7 @@ def test_scores_from_before_experts_were_known_are_refused():
     model = tiny.model("mixtral")
     old = scored(model)
     for block in Anatomy.of(model).experts:
-        del old.importance["fisher"][block.name]
+        del old.importance["reconstruction"][block.name]
     with pytest.raises(
         HfpruneError, match=r"nothing for layers\.0\.mlp\.experts.*Score this model"
     ):
@@ -634,7 +651,7 @@ def test_scores_from_before_experts_were_known_are_refused():
 
 def test_importance_that_is_zero_in_places_does_not_trip_the_tolerance():
     model = tiny.model("bert")
-    importance = scored(model).by("fisher")
+    importance = scored(model).by("reconstruction")
     for name, values in importance.items():
         values *= name.startswith("encoder.layer.0")
     for share in (0.3, 0.5, 0.9, 1.0):
