@@ -223,6 +223,13 @@ def test_without_a_token_or_a_network_it_says_so(hub, model, monkeypatch):
     assert untouched(hub)
 
 
+def test_what_shall_be_private_is_not_put_where_all_can_see_it(hub, model):
+    hub.create("me/model")
+    with pytest.raises(PublishError, match="is there and public"):
+        quietly(model, private=True)
+    assert untouched(hub)
+
+
 @pytest.mark.parametrize("kind", ["gated", "private"])
 def test_a_restricted_base_is_published_as_said(hub, tmp_path, kind):
     hub.create("org/base", **{kind: True})
