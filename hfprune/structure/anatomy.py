@@ -277,7 +277,8 @@ def _check_plain(model: PreTrainedModel) -> None:
 
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        wrapped = getattr(model, "module", None) or getattr(model, "base_model", None)
+        inside = (getattr(model, name, None) for name in ("module", "_orig_mod", "base_model"))
+        wrapped = next((module for module in inside if module is not None), None)
         hint = (
             f"it wraps a {type(wrapped).__name__}: give the model inside (merged, if it is PEFT's)"
             if wrapped is not None

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from hfprune.errors import HfpruneError, UnsupportedModelError, unknown
+from hfprune.structure.modeling_hfprune import ATTRIBUTES
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,18 @@ class Row:
     stacks: tuple[Stack, ...]
     unless: tuple[str, ...] = ()
     note: str = ""
+
+    @property
+    def attributes(self) -> set[str]:
+        """The attributes that surgery sets, and a load of a pruned model may set."""
+        names = {"num_experts"}
+        for stack in self.stacks:
+            for attention in stack.attentions:
+                names |= {*attention.heads, *attention.kv_heads, *attention.sizes}
+                names |= {attention.groups} - {""}
+            if stack.ffn is not None and stack.ffn.width:
+                names.add(stack.ffn.width.split(":")[1])
+        return names
 
 
 def _attention(at: str, names: str, **rest: Any) -> Attention:
@@ -463,6 +476,7 @@ def register(row: Row) -> None:
             f"The table already has a row for model_type {row.model_type!r}; rows are not replaced."
         )
     ROWS[row.model_type] = row
+    ATTRIBUTES.update(row.attributes)
 
 
 def row_of(model_type: str) -> Row:

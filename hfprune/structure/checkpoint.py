@@ -17,9 +17,9 @@ from hfprune.errors import CheckpointError
 from hfprune.structure.anatomy import Anatomy, Group, stack_of
 from hfprune.structure.architectures import Stack, row_of
 from hfprune.structure.modeling_hfprune import (
+    ATTRIBUTES,
     EMPTY,
     KEY,
-    NOT_STRUCTURE,
     PATCH,
     VERSION,
     ConfigView,
@@ -254,11 +254,8 @@ def difference_to_stock(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
 
 def _describe(module: nn.Module) -> tuple[dict[str, list[int]], dict[str, int]]:
     shapes = {name: list(p.shape) for name, p in module.named_parameters(recurse=False)}
-    attrs = {
-        name: value
-        for name, value in vars(module).items()
-        if type(value) is int and name[0] != "_" and name not in NOT_STRUCTURE
-    }
+    attrs = {name: value for name, value in vars(module).items() if name in ATTRIBUTES}
+    attrs = {name: value for name, value in attrs.items() if type(value) is int}
     return shapes, attrs
 
 

@@ -9,8 +9,9 @@ to the stock model of the same config:
      "attrs": {name: int}, "empty": child that remains, "patch": {"name": ..., "heads": [...]}}},
      "base": {"id", "revision"}, "lineage": [plan summaries], "per_layer": upstream's schema}
 
-All values are absolute and may only shrink what the stock model has; anything else is refused
-before it is built.
+All values are absolute, lie inside of numbered layers and may only shrink what the stock model has:
+a tensor along one axis, and the attributes that count units. Anything else is refused before it is
+built.
 """
 
 from __future__ import annotations
@@ -33,7 +34,14 @@ KEY = "hfprune"
 VERSION = 1
 EMPTY = "_hfprune_empty"
 NUMBERS = ("layer_idx", "layer_id")  # under which a layer knows its place
-NOT_STRUCTURE = ("training", "gradient_checkpointing", *NUMBERS, "in_features", "out_features")
+ATTRIBUTES = {
+    *("num_attention_heads", "num_heads", "n_heads", "num_key_value_heads", "num_kv_heads"),
+    *("kv_heads", "num_key_value_groups", "all_head_size", "split_size", "embed_dim"),
+    *("inner_dim", "dim", "intermediate_size", "num_experts"),
+}
+"""The attributes in which modules count what surgery cuts; no other is ever set."""
+DERIVED = ("in_features", "out_features", "nx", "nf", "num_embeddings", "embedding_dim")
+"""Attributes that follow from the shapes."""
 STACKS = ("encoder", "decoder", "text_model", "vision_model")  # a model may have only one of these
 logger = logging.getLogger(__name__)
 
@@ -203,7 +211,9 @@ def _rebuild(module: nn.Module, path: str, entry: Mapping[str, Any]) -> None:
         help_forward(module, patch["name"], patch["heads"])
     for name, value in entry.get("attrs", {}).items():
         stock = vars(module).get(name)
-        if name in NOT_STRUCTURE or type(stock) is not int or value > stock:
+        if name in DERIVED:
+            continue
+        if name not in ATTRIBUTES or type(stock) is not int or value > stock:
             raise StructureError(f"{where}.{name} = {value}, stock has {stock}.")
         setattr(module, name, value)
     parameters = dict(module.named_parameters(recurse=False))
@@ -213,6 +223,7 @@ def _rebuild(module: nn.Module, path: str, entry: Mapping[str, Any]) -> None:
             stock_shape is None
             or len(shape) != len(stock_shape)
             or any(new > old for new, old in zip(shape, stock_shape, strict=True))
+            or sum(new < old for new, old in zip(shape, stock_shape, strict=True)) > 1
         ):
             raise StructureError(f"{where}.{name} has shape {shape}, stock has {stock_shape}.")
         setattr(module, name, nn.Parameter(parameters[name].new_empty(shape)))
@@ -254,6 +265,8 @@ def checked(structure: Any) -> dict[str, dict[str, Any]]:
     for path, entry in modules.items():
         if not isinstance(path, str) or not isinstance(entry, Mapping):
             raise StructureError(f"config.{KEY}.modules: {path!r} must be a path with a mapping.")
+        if not any(map(str.isdecimal, path.split("."))):
+            raise StructureError(f"config.{KEY}.modules: {path!r} is not inside a layer.")
         for part, value in entry.items():
             if part == "empty" and isinstance(value, str):
                 continue

@@ -10,6 +10,7 @@ import transformers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import fully_shard
 from transformers import CLIPVisionModel
 
 from hfprune.errors import CheckpointError, HfpruneError, UnsupportedModelError
@@ -18,6 +19,8 @@ from hfprune.structure.architectures import REFUSED, ROWS, Row, family_table, re
 from hfprune.structure.checkpoint import as_stock, from_pretrained
 from hfprune.structure.cost import counted_macs, layers_macs
 from hfprune.structure.modeling_hfprune import (
+    ATTRIBUTES,
+    DERIVED,
     KEY,
     PATCHES,
     StructureError,
@@ -42,6 +45,15 @@ NAMES = sorted(
 PATHS = st.sampled_from(NAMES) | st.sampled_from(
     ["..", "a..b", "/etc/passwd", "__class__", "config"]
 )
+COUNTS = sorted(
+    {
+        name
+        for family in ("bert", "t5")
+        for module in tiny.model(family).modules()
+        for name, value in vars(module).items()
+        if type(value) is int
+    }
+)
 ENTRY = st.fixed_dictionaries(
     {},
     optional={
@@ -49,7 +61,7 @@ ENTRY = st.fixed_dictionaries(
             st.sampled_from(["weight", "bias", "forward"]), st.lists(SIZES, max_size=3), max_size=2
         ),
         "attrs": st.dictionaries(
-            st.sampled_from(["num_attention_heads", "n_heads", "layer_idx", "_modules", "forward"]),
+            st.sampled_from([*COUNTS, "layer_idx", "_modules", "forward", "training"]),
             SIZES,
             max_size=2,
         ),
@@ -94,6 +106,44 @@ def test_a_hostile_structure_never_grows_a_model(modules, config):
         assert KEY in str(error)
     else:
         assert sum(p.numel() for p in model.parameters()) <= stock + tables
+        only_what_surgery_writes_differs(model, tiny.model(config.model_type))
+
+
+def only_what_surgery_writes_differs(model, stock):
+    """Attributes in the table's rows, and tensors inside layers along one axis."""
+    known = {name: vars(module) for name, module in stock.named_modules()}
+    for name, module in model.named_modules():
+        before = known.get(name, {})
+        odd = {k for k, v in vars(module).items() if type(v) is int and v != before.get(k, v)}
+        assert odd <= {*ATTRIBUTES, *DERIVED}
+    shapes = {name: tensor.shape for name, tensor in stock.named_parameters()}
+    for name, tensor in model.named_parameters():
+        old = shapes.get(name, tensor.shape)
+        differing = sum(n != m for n, m in zip(tensor.shape, old, strict=True))
+        assert differing <= (1 if any(map(str.isdecimal, name.split("."))) else 0)
+
+
+def test_every_attribute_that_a_row_lets_surgery_set_may_be_loaded():
+    for row in ROWS.values():
+        assert row.attributes <= ATTRIBUTES
+
+
+@pytest.mark.parametrize(
+    ("modules", "says"),
+    [
+        ({"embeddings.word_embeddings": {"shapes": {"weight": [9, 32]}}}, "not inside a layer"),
+        ({"encoder.layer.0.output.dense": {"shapes": {"weight": [31, 20]}}}, "stock has"),
+        ({"encoder.layer.0.attention.self": {"attrs": {"attention_head_size": 4}}}, "stock has"),
+        ({"encoder.layer.0.attention.self": {"attrs": {"num_attention_heads": -1}}}, "unusable"),
+        ({"encoder.layer.0.attention.self": {"attrs": {"num_attention_heads": 9}}}, "stock has"),
+        ({"encoder.layer.-1.attention.self": {"attrs": {"num_attention_heads": 1}}}, "layer"),
+        ({"encoder.layer.7.output.dense": {"shapes": {"bias": [3]}}}, "does not have"),
+        ({"../encoder.layer.0": {"shapes": {"bias": [3]}}}, "does not have"),
+    ],
+)
+def test_a_structure_that_surgery_cannot_have_written_is_refused(modules, says):
+    with pytest.raises(StructureError, match=says):
+        build(CONFIGS[0], {"version": 1, "modules": modules})
 
 
 @pytest.mark.parametrize("version", [2, 10**20])
@@ -186,6 +236,16 @@ def shared(model):
     return model
 
 
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process only."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 @pytest.mark.parametrize(
     ("change", "says"),
@@ -194,18 +254,25 @@ def shared(model):
         (on_meta, "meta device"),
         (shared, "shares one tensor"),
         (torch.nn.DataParallel, "wraps a BertForMaskedLM"),
-        (lambda model: get_peft_model(model, LoraConfig(target_modules=["query"])), "PEFT"),
-        (
-            lambda model: (
-                get_peft_model(model, LoraConfig(target_modules=["query"])).base_model.model
-            ),
-            "PEFT",
-        ),
+        (torch.nn.parallel.DistributedDataParallel, "wraps a BertForMaskedLM"),
+        (torch.compile, "wraps a BertForMaskedLM"),
+        (fully_shard, "sharded by FSDP"),
+        (adapted, "wraps a LoraModel.*PEFT"),
+        (lambda model: adapted(model).base_model.model, "PEFT adapters inside"),
     ],
 )
-def test_what_would_go_wrong_is_refused_by_name(change, says):
+def test_what_would_go_wrong_is_refused_by_name_and_before_any_change(change, says, alone):
+    model = change(tiny.model("bert"))
+    before = {name: (tensor, tensor.shape) for name, tensor in model.named_parameters()}
     with pytest.raises(UnsupportedModelError, match=says):
-        Anatomy.of(change(tiny.model("bert")))
+        cut(model, {"encoder.layer": (0,)})
+    if change is not fully_shard:  # which can be looked at, and scored
+        with pytest.raises(UnsupportedModelError, match=says):
+            Anatomy.of(model)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    for name, (tensor, shape) in before.items():
+        assert after[name] is tensor and tensor.shape == shape
 
 
 def test_an_unknown_family_names_the_nearest_row():
