@@ -130,12 +130,19 @@ def launched() -> Iterator[Processes]:
     """The processes that `accelerate launch` or `torchrun` started; one alone without them.
 
     Raises:
+        HfpruneError: they were started to shard the weights, which no step of a run supports.
         OtherProcessError: another process failed; within seconds after it.
     """
+    for sharding in ("FSDP", "DEEPSPEED"):
+        if _set(f"ACCELERATE_USE_{sharding}"):
+            raise HfpruneError(
+                f"{sharding} was asked for; a run keeps the whole model in every process. Start it"
+                " with one of the files in recipes/accelerate, or by torchrun."
+            )
     count = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = torch.accelerator.current_accelerator()
     cpu = accelerator is None or accelerator.type == "mps"  # which has no float64
-    cpu = cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    cpu = cpu or _set("ACCELERATE_USE_CPU")
     if count == 1:
         yield Processes(cpu=cpu)
         return
@@ -156,6 +163,11 @@ def launched() -> Iterator[Processes]:
         leaving.set()
         listener.join()
         dist.destroy_process_group()  # its threads must not outlive the interpreter
+
+
+def _set(flag: str) -> bool:
+    """Whether Accelerate set a flag in the environment."""
+    return os.environ.get(flag, "").lower() in ("1", "true", "yes")
 
 
 def _store(rank: int) -> dist.Store:

@@ -52,11 +52,9 @@ def together(code, count=2, timeout=90):
     return [(p.returncode, *texts) for p, texts in zip(processes, ended, strict=True)]
 
 
-def launch(script, *arguments, processes=2, options=(), timeout=120):
+def launch(script, *arguments, options=(), timeout=120):
     """What `accelerate launch` says when it starts a script of this repository."""
-    given = ["--num_processes", processes, "--main_process_port", free_port()]
-    given += options or ["--cpu", "--num_machines", 1, "--mixed_precision", "no"]
-    given += [] if options else ["--dynamo_backend", "no"]
+    given = ["--main_process_port", free_port(), *options]
     ended = subprocess.run(
         [*LAUNCHER, *map(str, given), str(ROOT / "scripts" / script), *map(str, arguments)],
         capture_output=True,

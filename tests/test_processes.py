@@ -5,7 +5,8 @@ import time
 import pytest
 from launching import together
 
-from hfprune.processes import Processes
+from hfprune.errors import HfpruneError
+from hfprune.processes import Processes, launched
 
 HEAD = """
 import sys, time, torch
@@ -39,6 +40,12 @@ with launched() as processes:
     for status, _, err in ended:
         assert status == 1
         assert "do not agree on the plan (process 0: plan-0, process 1: plan-1, process 2" in err
+
+
+def test_sharded_weights_are_refused_before_anything(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(HfpruneError, match="FSDP was asked for; a run keeps the whole"), launched():
+        pass
 
 
 @pytest.mark.parametrize(

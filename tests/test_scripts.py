@@ -1,5 +1,6 @@
 """The scripts, started as users start them: alone, and by Accelerate on several processes."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from launching import ROOT, environment, launch, losses
 from test_pipeline import at, generation
 
@@ -16,6 +18,7 @@ from hfprune.planning.plan import PruningPlan
 from hfprune.processes import Processes
 from hfprune.steps import Steps
 
+CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 
 
@@ -47,6 +50,16 @@ def test_a_script_says_what_is_wrong_in_one_line(tmp_path):
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_reads_its_files(path):
+    config = load_config_from_file(str(path))
+    known = {field.name for field in dataclasses.fields(config)}
+    assert set(yaml.safe_load(path.read_text())) <= known
+    assert config.num_processes % config.num_machines == 0
+    assert (config.distributed_type == "MULTI_CPU") == config.use_cpu
+    assert f"recipes/accelerate/{path.name}" in (ROOT / "docs" / "accelerate.md").read_text()
+
+
 def recipes(folder: Path, count: int):
     """Recipes of the same run with outputs of their own, each also in a file."""
     made = []
@@ -69,7 +82,8 @@ def test_two_processes_do_what_one_does(tmp_path):
     one, two = recipes(tmp_path, 2)
     status, said, err = alone("distill.py", tmp_path / "0.yaml")
     assert status == 0, err
-    both = launch("distill.py", tmp_path / "1.yaml")
+    options = ["--config_file", ROOT / "recipes" / "accelerate" / "cpu.yaml"]
+    both = launch("distill.py", tmp_path / "1.yaml", options=options)
     assert both.count("Planning ...") == 1, "one process tells"
     scores = [Scores.load(at(recipe, "scores")) for recipe in (one, two)]
     assert (scores[0].examples, scores[0].tokens) == (scores[1].examples, scores[1].tokens)
