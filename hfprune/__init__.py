@@ -21,12 +21,9 @@ if TYPE_CHECKING:
     from hfprune.pruning import inspect, preview, prune, remove
     from hfprune.publishing.hub import publish
     from hfprune.recipe import Recipe
+    from hfprune.recovery.arguments import DistillationArguments
     from hfprune.recovery.compensation import compensate
-    from hfprune.recovery.distillation import (
-        DistillationArguments,
-        DistillationTrainer,
-        distill,
-    )
+    from hfprune.recovery.distillation import DistillationTrainer, distill
     from hfprune.recovery.gradual import GradualPruning
     from hfprune.recovery.schedule import Schedule
     from hfprune.recovery.sparse_training import GradualSparsity, KeepSparse
@@ -42,7 +39,7 @@ _HOMES = {
     "Anatomy": "structure.anatomy",
     "Budget": "planning.budget",
     "Constraints": "planning.constraints",
-    "DistillationArguments": "recovery.distillation",
+    "DistillationArguments": "recovery.arguments",
     "DistillationTrainer": "recovery.distillation",
     "GradualPruning": "recovery.gradual",
     "GradualSparsity": "recovery.sparse_training",

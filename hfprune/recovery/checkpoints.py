@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from hfprune.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
-    from hfprune.recovery.distillation import DistillationArguments
+    from hfprune.recovery.arguments import DistillationArguments
 
 logger = logging.getLogger(__name__)
 

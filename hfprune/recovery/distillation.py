@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModel, PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput
 
 from hfprune.errors import CheckpointError, DataError, RecipeError
 from hfprune.importance.losses import shifts_labels
+from hfprune.recovery.arguments import DistillationArguments
 from hfprune.recovery.checkpoints import (
     ABSENT,
     StartCompetes,
@@ -33,90 +32,29 @@ from hfprune.recovery.compatibility import (
     refuse_other_classes,
     refuse_same,
     refuse_uncached,
-    refuse_unknown,
     submodule,
 )
 from hfprune.recovery.lora import adapted
 from hfprune.recovery.losses import (
     Counted,
-    DistanceKind,
     Divergence,
-    DivergenceKind,
     embedding_loss,
     logits_loss,
     only_logits,
     pooled,
-    spread_layers,
-    state_loss,
+)
+from hfprune.recovery.parts import (
+    described,
+    hidden_pairs,
+    mean_state_loss,
+    outputs_of,
+    task_loss,
 )
 from hfprune.recovery.teacher_cache import ROW, Numbered, TeacherCache, numbered
 from hfprune.structure.checkpoint import from_pretrained
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-
-
-@dataclasses.dataclass
-class DistillationArguments(TrainingArguments):
-    """TrainingArguments with the weights of the parts of the loss and the divergence on the logits.
-
-    The loss is the sum of weight x part; a part of weight 0 is neither computed nor logged. Parts
-    are logged as `loss_task`, `loss_logits`, `loss_hidden`, `loss_attention` and `loss_embedding`,
-    before weighting.
-
-    Raises:
-        RecipeError: a weight is negative, all are 0, or the divergence cannot be built.
-    """
-
-    task_weight: float = dataclasses.field(
-        default=0.5, metadata={"help": "Weight of the model's own loss on the labels."}
-    )
-    logits_weight: float = dataclasses.field(
-        default=1.0, metadata={"help": "Weight of the divergence from the teacher's predictions."}
-    )
-    hidden_weight: float = dataclasses.field(
-        default=1.0, metadata={"help": "Weight of the error of each layer's hidden states."}
-    )
-    attention_weight: float = dataclasses.field(
-        default=0.0, metadata={"help": "Weight of the error of the attention outlets' outputs."}
-    )
-    embedding_weight: float = dataclasses.field(
-        default=0.0, metadata={"help": "Weight of the distance of mean-pooled embeddings."}
-    )
-    embedding_distance: DistanceKind = dataclasses.field(
-        default="cosine", metadata={"help": "Distance of two embeddings: cosine or mse."}
-    )
-    temperature: float = dataclasses.field(
-        default=2.0, metadata={"help": "Temperature of both distributions; above 0."}
-    )
-    divergence: DivergenceKind = dataclasses.field(
-        default="forward", metadata={"help": "KL direction: forward, reverse or skewed."}
-    )
-    skew: float = dataclasses.field(
-        default=0.1, metadata={"help": "Teacher's share of the mixture when skewed; in (0, 1)."}
-    )
-
-    def __post_init__(self) -> None:
-        """Validate the added fields, then everything TrainingArguments validates."""
-        weights = self.weights()
-        if any(weight < 0 for weight in weights.values()) or not any(weights.values()):
-            raise RecipeError(
-                f"The weights of the loss are {weights}; give numbers of at least 0, one of them "
-                "above 0."
-            )
-        Divergence(self.divergence, self.temperature, self.skew).check()
-        refuse_unknown("embedding_distance", self.embedding_distance, get_args(DistanceKind))
-        super().__post_init__()
-
-    def weights(self) -> dict[str, float]:
-        """The weight of every part of the loss, by its name."""
-        return {
-            "task": self.task_weight,
-            "logits": self.logits_weight,
-            "hidden": self.hidden_weight,
-            "attention": self.attention_weight,
-            "embedding": self.embedding_weight,
-        }
 
 
 class DistillationTrainer(Trainer):
@@ -286,9 +224,9 @@ class DistillationTrainer(Trainer):
 
         rows = inputs.pop(ROW, None)
         states = {"output_hidden_states": True} if self.args.hidden_weight else {}
-        with _outputs_of(self._student_outlets) as student_outlets:
+        with outputs_of(self._student_outlets) as student_outlets:
             student = model(**inputs, **states)
-        with _outputs_of(self._teacher_outlets) as teacher_outlets:
+        with outputs_of(self._teacher_outlets) as teacher_outlets:
             teacher: Mapping[str, Any] = (
                 self._teacher_outputs(inputs, states)
                 if self._cache is None or rows is None
@@ -297,21 +235,21 @@ class DistillationTrainer(Trainer):
 
         parts: dict[str, Tensor] = {}
         if self.args.task_weight:
-            parts["task"] = _task_loss(student, counted) * scale.targets
+            parts["task"] = task_loss(student, counted) * scale.targets
         if self.args.logits_weight:
             problem = getattr(self._student.config, "problem_type", None)
             loss = logits_loss(student, teacher, counted, self._divergence, problem)
             parts["logits"] = loss * scale.predictions
         if self.args.hidden_weight:
-            pairs = self._hidden_pairs(student, teacher)
-            parts["hidden"] = _mean_state_loss("hidden", pairs, counted, scale)
+            pairs = hidden_pairs(student, teacher, self._layer_map, bool(self._encoder))
+            parts["hidden"] = mean_state_loss("hidden", pairs, counted, scale)
         if self.args.attention_weight:
             sides = [
                 "predictions" if self._encoder and module not in self._encoder else "positions"
                 for module in self._student_outlets
             ]
             pairs = list(zip(student_outlets, sides, teacher_outlets, strict=True))
-            parts["attention"] = _mean_state_loss("attention", pairs, counted, scale)
+            parts["attention"] = mean_state_loss("attention", pairs, counted, scale)
         if self.args.embedding_weight:
             distance = embedding_loss(student, teacher, counted, self.args.embedding_distance)
             parts["embedding"] = distance * scale.examples
@@ -352,7 +290,7 @@ class DistillationTrainer(Trainer):
             raise DataError(
                 f"The loss is not finite at global step {self.state.global_step + 1}, batch "
                 f"{self._batches_begun} of {self._batches_of_step} on process "
-                f"{self.accelerator.process_index} ({_described(batch)}): {given}. "
+                f"{self.accelerator.process_index} ({described(batch)}): {given}. "
                 f"Nothing was updated; earlier checkpoints in {self.args.output_dir} are intact. "
                 "Lower learning_rate, check the batch, or set the weight of the part at fault to "
                 "0."
@@ -395,36 +333,6 @@ class DistillationTrainer(Trainer):
             if torch.is_tensor(value) and value.is_floating_point():
                 given[name] = value.to(self.teacher.dtype)
         return self.teacher(**given, **states)
-
-    def _hidden_pairs(
-        self, student: Mapping[str, Any], teacher: Mapping[str, Any]
-    ) -> list[tuple[Tensor, str, Tensor]]:
-        """Each student layer's output, the mask it is counted by, and the teacher's output."""
-        sides = {"hidden_states": "positions"}
-        if self._encoder:
-            sides = {"encoder_hidden_states": "positions", "decoder_hidden_states": "predictions"}
-        absent = [name for name in sides if student.get(name) is None or teacher.get(name) is None]
-        if absent:
-            raise DataError(f"The models return no {absent[0]}; set hidden_weight to 0.")
-        # The first entry of each tuple is the embeddings.
-        ours = [(state, side) for name, side in sides.items() for state in student[name][1:]]
-        theirs = [state for name in sides for state in teacher[name][1:]]
-        layer_map = self._layer_map
-        if layer_map is None:
-            layer_map, offset = [], 0
-            for name in sides:
-                depth = len(teacher[name]) - 1
-                spread = spread_layers(len(student[name]) - 1, depth)
-                layer_map += [offset + layer for layer in spread]
-                offset += depth
-        if len(layer_map) != len(ours) or not all(0 <= layer < len(theirs) for layer in layer_map):
-            raise RecipeError(
-                f"layer_map is {list(layer_map)}; the student has {len(ours)} layers and the "
-                f"teacher {len(theirs)}: give {len(ours)} teacher layers, each from 0 to "
-                f"{len(theirs) - 1}."
-            )
-        matched = [theirs[layer] for layer in layer_map]
-        return [(*own, state) for own, state in zip(ours, matched, strict=True)]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint to resume from, whose config has the model's own `use_cache`."""
@@ -520,55 +428,3 @@ def distill(
             **trainer_arguments,
         )
         return trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-
-
-def _described(batch: Mapping[str, Any]) -> str:
-    """A batch in a message: what it holds, and in which shapes or how many."""
-    parts = []
-    for name, value in batch.items():
-        if torch.is_tensor(value):
-            odd = value.numel() - int(value.isfinite().sum())
-            parts.append(f"{name} {tuple(value.shape)}" + (f" with {odd} not finite" * bool(odd)))
-    return ", ".join(parts)
-
-
-def _task_loss(outputs: Mapping[str, Any], counted: Counted) -> Tensor:
-    """The model's own mean loss, as the sum over its targets."""
-    if outputs.get("loss") is None:
-        raise DataError(
-            "The batch gave no loss: it has no labels. Give the dataset a labels column, or set "
-            "task_weight to 0."
-        )
-    if not counted.targets.any():  # a mean over nothing is NaN
-        return outputs["logits"].sum() * 0.0
-    return outputs["loss"] * counted.targets.sum()
-
-
-def _mean_state_loss(
-    part: str, pairs: Sequence[tuple[Tensor, str, Tensor]], counted: Counted, scale: Counted
-) -> Tensor:
-    """Mean over pairs (student's, name of the mask, teacher's) of the error of their states."""
-    losses = [
-        state_loss(student, teacher, getattr(counted, side), part) * getattr(scale, side)
-        for student, side, teacher in pairs
-    ]
-    return torch.stack(losses).mean()
-
-
-@contextlib.contextmanager
-def _outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Within, the list fills with the modules' outputs, in the order of the modules."""
-    outputs: list[Any] = [None] * len(modules)
-
-    def keep(at: int, module: nn.Module, given: Any, output: Tensor) -> None:
-        outputs[at] = output
-
-    hooks = [
-        module.register_forward_hook(functools.partial(keep, at))
-        for at, module in enumerate(modules)
-    ]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()

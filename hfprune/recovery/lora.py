@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,10 @@ def adapted(student: PreTrainedModel, config: LoraConfig) -> Iterator[PeftModel]
         raise RecipeError("lora needs PEFT: pip install 'hfprune[lora]'.") from None
     if not isinstance(config, LoraConfig):
         raise RecipeError(f"lora is a {type(config).__name__}; give a peft.LoraConfig.")
+    if config.exclude_modules is None:  # an adapter beside a matrix without elements adds nothing
+        weights = {name: getattr(m, "weight", None) for name, m in student.named_modules()}
+        empty = [n for n, w in weights.items() if w is not None and not w.numel()]
+        config = dataclasses.replace(config, exclude_modules=empty or None)
     trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
     with warnings.catch_warnings():  # PEFT asks transformers by a name that is on its way out
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")

@@ -793,8 +793,15 @@ def test_the_best_by_the_held_out_metric_is_kept(accuracies, best, tmp_path, cap
         assert "Kept the model as it was before training (accuracy 0.5 on" in caplog.text
 
 
-@pytest.mark.parametrize("killed_at", [1, 5])
-@pytest.mark.parametrize("metric", ["near", "far"])
+@pytest.mark.parametrize(
+    ("metric", "killed_at"),
+    [
+        ("near", 5),
+        ("far", 1),
+        pytest.param("near", 1, marks=pytest.mark.slow),
+        pytest.param("far", 5, marks=pytest.mark.slow),
+    ],
+)
 def test_the_start_competes_also_in_a_run_that_goes_on(metric, killed_at, tmp_path):
     """By "near" the start is the best of all, by "far" a later checkpoint."""
     make = dropping(vit)

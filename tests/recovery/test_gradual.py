@@ -164,7 +164,12 @@ def test_plans_are_made_when_due_and_within_their_share(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     ("family", "criterion"),
-    [("bert", "taylor"), ("llama", "fisher"), ("t5", "activation"), ("mixtral", "fisher")],
+    [
+        ("bert", "taylor"),
+        ("llama", "fisher"),
+        pytest.param("t5", "activation", marks=pytest.mark.slow),
+        pytest.param("mixtral", "fisher", marks=pytest.mark.slow),
+    ],
 )
 def test_importance_from_training_is_that_of_scoring(family, criterion, tmp_path):
     """On the same batch, with weights that do not move; whatever the accumulation."""
@@ -185,7 +190,7 @@ def test_importance_from_training_is_that_of_scoring(family, criterion, tmp_path
         assert_close(callback.importance, shares(expected))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_closed_units_show_what_they_would_give(checkpointing, tmp_path):
     """The gate gradients of a partly closed model, against gates that really are parameters."""
     rows = examples("llama", 1)
@@ -282,7 +287,12 @@ def test_a_unit_that_was_closed_and_matters_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "budget"), [("bert", "macs=60%"), ("llama", "params=50%"), ("t5", "macs=50%")]
+    ("family", "budget"),
+    [
+        ("bert", "macs=60%"),
+        ("llama", "params=50%"),
+        pytest.param("t5", "macs=50%", marks=pytest.mark.slow),
+    ],
 )
 def test_the_pruned_model_is_the_masked_one_within_the_budget(family, budget, tmp_path):
     model = model_of(family, torch.float64)
@@ -347,7 +357,7 @@ def distilled(folder, *callbacks, resume=False, judge=None, **changes):
     return student, callback, output
 
 
-@pytest.mark.parametrize("killed_at", [4, 7])
+@pytest.mark.parametrize("killed_at", [4, pytest.param(7, marks=pytest.mark.slow)])
 def test_a_stopped_run_resumes_to_the_same_plan_and_weights(killed_at, tmp_path):
     straight, expected, _ = distilled(tmp_path / "straight", optim="adamw_torch")
 

@@ -30,12 +30,12 @@ LOGITS_ONLY = {"hidden_weight": 0.0, "logits_weight": 1.0, "task_weight": 0.5}
 
 
 def distilled(make, folder, cache=None, teacher=None, rows=None, **changes):
-    """A student's weights after four steps, and how often the teacher was asked."""
+    """A student's weights after two steps, and how often the teacher was asked."""
     student, own = pair(make)
     teacher = teacher or own
     asked = []
     hook = teacher.register_forward_hook(lambda *call: asked.append(1))
-    settings = {"max_steps": 4, "train_sampling_strategy": "random", **LOGITS_ONLY, **changes}
+    settings = {"max_steps": 2, "train_sampling_strategy": "random", **LOGITS_ONLY, **changes}
     trainer = trainer_of(
         student, teacher, folder, rows or examples(make), teacher_cache=cache, **settings
     )
@@ -44,8 +44,16 @@ def distilled(make, folder, cache=None, teacher=None, rows=None, **changes):
     return weights(student), len(asked)
 
 
-@pytest.mark.parametrize("make", [bert, llama, t5, vit])
-@pytest.mark.parametrize("top_k", [None, VOCABULARY])
+@pytest.mark.parametrize(
+    ("make", "top_k"),
+    [
+        (bert, None),
+        (llama, VOCABULARY),
+        pytest.param(llama, None, marks=pytest.mark.slow),
+        pytest.param(t5, VOCABULARY, marks=pytest.mark.slow),
+        pytest.param(vit, None, marks=pytest.mark.slow),
+    ],
+)
 def test_with_all_logits_the_training_is_the_same(make, top_k, tmp_path):
     expected, _ = distilled(make, tmp_path / "live")
     cache = TeacherCache(tmp_path / "cache", top_k)
