@@ -1,5 +1,5 @@
-"""What scoring costs: time over that of a forward pass on the same batches, and memory over that of
-a forward pass which keeps its activations.
+"""What scoring costs: processor time over that of a forward pass on the same batches, and memory
+over that of a forward pass which keeps its activations.
 
     python benchmarks/scoring_cost.py .cache/minilm
     python benchmarks/scoring_cost.py .cache/gemma3-270m --gguf-file gemma-3-270m-q4_k_m.gguf
@@ -61,13 +61,15 @@ def weight_gradients(model: PreTrainedModel, batches: list[Batch]) -> None:
         model.zero_grad()
 
 
+ONE_PASS = ["taylor", "fisher", "magnitude", "activation", "random"]
 WAYS: dict[str, Callable[[PreTrainedModel, list[Batch]], object]] = {
     FORWARD: forward,
     KEEPING: forward_keeping_activations,
-    "hfprune.score, all criteria": hfprune.score,
-    "hfprune.score, fisher": lambda m, b: hfprune.score(m, b, ["fisher"]),
-    "hfprune.score, sampled labels": lambda m, b: hfprune.score(m, b, loss="sampled"),
-    "hfprune.score, checkpointing": lambda m, b: hfprune.score(m, b, checkpointing=True),
+    "score, fisher": lambda m, b: hfprune.score(m, b, ["fisher"]),
+    "score, five criteria": lambda m, b: hfprune.score(m, b, ONE_PASS),
+    "score, sampled labels": lambda m, b: hfprune.score(m, b, ONE_PASS, loss="sampled"),
+    "score, checkpointing": lambda m, b: hfprune.score(m, b, ONE_PASS, checkpointing=True),
+    "score, reconstruction": lambda m, b: hfprune.score(m, b, ["reconstruction"]),
     "full weight gradients": weight_gradients,
 }
 

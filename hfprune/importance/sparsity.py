@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -27,15 +28,24 @@ class Sparsity:
 
     Attributes:
         masks: {path of a linear layer: boolean tensor of its weight's shape, True for what stays}.
-        criterion, scope, n_m: how they were chosen.
         params: parameters of the whole model.
+        how: by what they were chosen, and among which; "" if they were found.
     """
 
     masks: Mapping[str, torch.Tensor]
-    criterion: str
-    scope: str
-    n_m: str | None
     params: int
+    how: str = ""
+
+    @staticmethod
+    def of(model: PreTrainedModel) -> Sparsity:
+        """The zeros that a model has, such as one that was sparsified, saved and loaded.
+
+        Raises:
+            UnsupportedModelError: weights that are quantized, sharded or not in memory.
+        """
+        layers = linear_layers(model)
+        masks = {path: _weight(module).detach().ne(0) for path, module in layers.items()}
+        return Sparsity(masks, sum(p.numel() for p in model.parameters()))
 
     @property
     def zeros(self) -> int:
@@ -52,6 +62,7 @@ class Sparsity:
 
         Raises:
             HfpruneError: the model has no such layer, or one of another shape.
+            UnsupportedModelError: the model is sharded.
         """
         with torch.no_grad():
             for path, mask in self.masks.items():
@@ -62,26 +73,28 @@ class Sparsity:
                         f"The masks are of another model: {path} {found}, and its mask has"
                         f" {tuple(mask.shape)}."
                     )
+                if isinstance(weight, DTensor):
+                    raise UnsupportedModelError(
+                        f"{path} is sharded: masks are held on one process or data-parallel ones."
+                    )
                 weight.mul_(mask.to(weight))
 
     def __str__(self) -> str:
-        among = (
-            f"{self.n_m} along each row"
-            if self.n_m
-            else {
-                "global": "among all layers' weights",
-                "layer": "within each layer",
-                "row": "within each output's row",
-            }[self.scope]
-        )
         return (
             f"{self.zeros:,} of {self.weights:,} weights of {len(self.masks)} linear layers are"
             f" zero ({self.zeros / self.weights:.1%}; {self.zeros / self.params:.1%} of all"
-            f" parameters), by {self.criterion} {among}.\n"
+            f" parameters){self.how and ', '}{self.how}.\n"
             "Zeros alone make nothing faster or smaller: dense kernels multiply by them and files"
             " store them. For speed and memory on any machine remove whole heads and neurons"
             " (hfprune.plan, hfprune.remove); 2:4 needs a GPU with kernels for it."
         )
+
+
+_AMONG = {
+    "global": "among all layers' weights",
+    "layer": "within each layer",
+    "row": "within each output's row",
+}
 
 
 def sparsify(
@@ -111,7 +124,8 @@ def sparsify(
         scope: which weights compete: those of all layers, of one layer, or of one output's row.
         n_m: "2:4" keeps 2 of every 4 consecutive inputs of each row, whatever the scope; the
             sparsity has to be the same.
-        batches: for "wanda" and "taylor": calibration batches, {name: tensor}.
+        batches: for "wanda" and "taylor": calibration batches, {name: tensor}; of several
+            processes each reads all of them.
         loss: for "taylor", as for `hfprune.score`.
 
     Raises:
@@ -147,7 +161,8 @@ def sparsify(
             for path, kept in _kept(saliency, sparsity, scope, pattern).items()
         }
     params = sum(p.numel() for p in model.parameters())
-    made = Sparsity(masks, criterion, scope, n_m, params)
+    among = f"{n_m} along each row" if n_m else _AMONG[scope]
+    made = Sparsity(masks, params, f"by {criterion} {among}")
     made.apply(model)
     return made
 

@@ -18,14 +18,18 @@ from hfprune.recovery.schedule import Schedule, cubic
 
 
 class KeepSparse(TrainerCallback):
-    """Set the weights of a `Sparsity` back to zero after every step of the optimizer.
+    """Set weights back to zero after every step of the optimizer.
 
     For any transformers.Trainer on one process or with data parallelism: momentum and weight decay
     may move a zero within a step, but no forward pass, evaluation or checkpoint sees it.
+
+    Args:
+        sparsity: which weights stay; by default those that are not zero when training begins.
     """
 
-    def __init__(self, sparsity: Sparsity) -> None:
-        self.sparsity = sparsity
+    def __init__(self, sparsity: Sparsity | None = None) -> None:
+        self._given = sparsity
+        self._kept: Sparsity | None = None
 
     def on_train_begin(
         self,
@@ -38,8 +42,10 @@ class KeepSparse(TrainerCallback):
 
         Raises:
             HfpruneError: the masks are of another model.
+            UnsupportedModelError: the model is sharded or quantized.
         """
-        self.sparsity.apply(kwargs["model"])
+        self._kept = self._given or Sparsity.of(kwargs["model"])
+        self._kept.apply(kwargs["model"])
 
     def on_optimizer_step(
         self,
@@ -49,7 +55,8 @@ class KeepSparse(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Undo what the step did to the zeros."""
-        self.sparsity.apply(kwargs["model"])
+        assert self._kept is not None, "training has begun"
+        self._kept.apply(kwargs["model"])
 
 
 class GradualSparsity(TrainerCallback):

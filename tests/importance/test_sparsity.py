@@ -155,7 +155,7 @@ def test_what_is_saved_comes_back_as_ordinary_weights(tmp_path):
 def test_the_report_says_what_zeros_do_not_do():
     model, _ = labelled()
     text = str(sparsify(model, 0.5))
-    assert "(50.0%; " in text and "within each layer" in text
+    assert "(50.0%; " in text and "by magnitude within each layer." in text
     assert "Zeros alone make nothing faster or smaller" in text
 
 
