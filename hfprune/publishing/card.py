@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -44,19 +43,6 @@ _TASKS = {
 }
 
 
-@dataclass(frozen=True)
-class Inherited:
-    """What a card takes over from the base model's.
-
-    Attributes:
-        metadata: license, license_name, license_link, language and datasets, as far as known.
-        restricted: "gated" or "private" if not everybody gets the base model, else "".
-    """
-
-    metadata: Mapping[str, Any]
-    restricted: str = ""
-
-
 def base_of(parcel: Parcel) -> tuple[str, str] | None:
     """Hub id and commit of the dense model; None if it did not come from the Hub."""
     base = parcel.config[KEY].get("base")
@@ -73,7 +59,7 @@ def card(
     parcel: Parcel,
     repo_id: str,
     revision: str | None = None,
-    inherited: Inherited | None = None,
+    inherited: Mapping[str, Any] | None = None,
     previous: str = "",
     license: str | None = None,
 ) -> str:
@@ -83,7 +69,7 @@ def card(
         parcel: what is published.
         repo_id: where.
         revision: branch; None for the main one.
-        inherited: from the base model's card.
+        inherited: license, language and datasets of the base model's card, as far as known.
         previous: the card that is there: what people wrote in it stays, and so does metadata that
             hfprune does not write.
         license: of the pruned model; None for the base model's, or what the previous card says.
@@ -126,7 +112,7 @@ def _around(old: str, made: str) -> str:
 def _metadata(
     parcel: Parcel,
     repo_id: str,
-    inherited: Inherited | None,
+    inherited: Mapping[str, Any] | None,
     before: Mapping[str, Any],
     license: str | None,
 ) -> str:
@@ -134,7 +120,7 @@ def _metadata(
     from huggingface_hub import ModelCardData
 
     kept = {key: value for key, value in before.items() if key not in _ALWAYS_ANEW}
-    taken = dict(inherited.metadata) if inherited else {}
+    taken = dict(inherited or {})
     dataset = parcel.recipe.get("data", {}).get("dataset")
     if dataset:
         taken["datasets"] = list(dict.fromkeys([*_listed(taken.get("datasets")), dataset]))

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hfprune.errors import HfpruneError, PublishError
-from hfprune.publishing.card import Inherited, base_of
+from hfprune.publishing.card import base_of
 from hfprune.publishing.parcel import CARD, SHIM, Parcel
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ class Client:
 
     def inherit(
         self, parcel: Parcel, is_private: bool | None, private: bool | None
-    ) -> tuple[Inherited | None, list[str]]:
+    ) -> tuple[dict[str, Any], list[str]]:
         """What the base model's card says, and warnings.
 
         Raises:
@@ -175,27 +175,25 @@ class Client:
         """
         base = base_of(parcel)
         if base is None:
-            return None, ["The base model did not come from the Hub: the card does not name it."]
-        from huggingface_hub import ModelCard
-
+            return {}, ["The base model did not come from the Hub: the card does not name it."]
         try:
             info = self.api.model_info(base[0], revision=base[1])
-            restricted = "private" if info.private else "gated" if info.gated else ""
-            data = ModelCard.load(base[0], token=self.token, ignore_metadata_errors=True).data
-        except Exception as error:  # the base is not ours: without it, the card says less
-            said = str(error).strip().splitlines()[0]
-            return None, [
-                f"The card of {base[0]} could not be read ({said}): license, language and data sets"
-                " are not taken over from it."
-            ]
+        except Exception as error:
+            return {}, [_unread(base[0], error)]
+        restricted = "private" if info.private else "gated" if info.gated else ""
         if restricted and private is None and not is_private:
             raise PublishError(
                 f"The base model {base[0]} is {restricted}, and the pruned one would be public. See"
                 " whether its license allows that, then say private=True or private=False"
                 " (--private or --public)."
             )
-        metadata = {k: v for k, v in data.to_dict().items() if k in _INHERITED}
-        return Inherited(metadata, restricted), []
+        from huggingface_hub import ModelCard
+
+        try:
+            data = ModelCard.load(base[0], token=self.token, ignore_metadata_errors=True).data
+        except Exception as error:
+            return {}, [_unread(base[0], error)]
+        return {k: v for k, v in data.to_dict().items() if k in _INHERITED}, []
 
     def upload(
         self,
@@ -228,6 +226,15 @@ class Client:
             parent_commit=head,
         )
         return made.oid, made.pr_url or made.commit_url
+
+
+def _unread(base: str, error: Exception) -> str:
+    """A warning: the base model is not ours, and without its card the new one only says less."""
+    why = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (
+        f"The card of {base} could not be read ({why}): license, language and data sets are not"
+        " taken over from it."
+    )
 
 
 def left_over(there: Mapping[str, str], files: Mapping[str, Path | bytes]) -> list[str]:

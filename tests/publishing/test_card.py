@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 import hfprune
 from hfprune.errors import PublishError
 from hfprune.planning.plan import PruningPlan
-from hfprune.publishing.card import BEGIN, END, RELATION, Inherited, card
+from hfprune.publishing.card import BEGIN, END, RELATION, card
 from hfprune.publishing.hub import publish
 from hfprune.publishing.parcel import packed
 from hfprune.structure.anatomy import Anatomy
@@ -43,7 +43,7 @@ def data_of(source, **options):
 
 
 def test_the_hub_reads_the_metadata_of_a_run(run):
-    inherited = Inherited({"license": "mit", "language": ["en"], "datasets": ["base/text"]})
+    inherited = {"license": "mit", "language": ["en"], "datasets": ["base/text"]}
     data = data_of(run, inherited=inherited)
     assert data.base_model == "base/bert"
     assert data.base_model_relation == RELATION == "finetune"
@@ -65,7 +65,7 @@ def test_a_hub_data_set_is_named_with_its_revision(tmp_path):
         "config": "small",
         "revision": "4" * 40,
     }
-    found = data_of(saved.run(tmp_path, data=data), inherited=Inherited({"datasets": "base/text"}))
+    found = data_of(saved.run(tmp_path, data=data), inherited={"datasets": "base/text"})
     assert found.datasets == ["base/text", "org/movies"]
     (result,) = found.eval_results
     assert (result.dataset_type, result.dataset_config) == ("org/movies", "small")
@@ -156,7 +156,7 @@ def test_peoples_words_and_metadata_stay(run, folder):
     mine = (
         f"---\nlicense: mit\nextra: 1\ntags: [mine]\n---\n\n# Read me\n\n{BEGIN}\nold\n{END}\n\nBye"
     )
-    text = text_of(run, previous=mine, inherited=Inherited({"license": "other"}))
+    text = text_of(run, previous=mine, inherited={"license": "other"})
     above, _, rest = text.partition(BEGIN)
     made, _, below = rest.partition(END)
     assert above.endswith("# Read me\n\n") and below.strip() == "Bye"

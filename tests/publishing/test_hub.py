@@ -233,7 +233,8 @@ def test_what_shall_be_private_is_not_put_where_all_can_see_it(hub, model):
 @pytest.mark.parametrize("kind", ["gated", "private"])
 def test_a_restricted_base_is_published_as_said(hub, tmp_path, kind):
     hub.create("org/base", **{kind: True})
-    revision = hub.put("org/base", {"README.md": b"---\nlicense: other\n---\n"})
+    words = {} if kind == "gated" else {"README.md": b"---\nlicense: other\n---\n"}
+    revision = hub.put("org/base", words)  # without a card, too
     folder = saved.save(tmp_path / "model", base={"id": "org/base", "revision": revision})
     with pytest.raises(PublishError, match=f"{kind}.*--private or --public"):
         quietly(folder)
