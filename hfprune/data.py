@@ -4,6 +4,7 @@ computed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,14 @@ def load_texts(data: Data) -> dict[str, Dataset]:
         if not len(dataset):
             raise DataError(f"data.{split} ({names[split]}) has no examples.")
     return loaded
+
+
+def commit_of(dataset: Dataset) -> str | None:
+    """The commit of the Hub dataset that was loaded; None for files."""
+    for address in dataset.info.download_checksums or {}:
+        if found := re.match(r"hf://datasets/[^@]+@([0-9a-f]{40})/", address):
+            return found[1]
+    return None
 
 
 def labelled(

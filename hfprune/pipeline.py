@@ -11,6 +11,7 @@ first, which alone writes; all meet after every step.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -32,6 +33,10 @@ from hfprune.recipe import SPLITS, Recipe
 from hfprune.steps import DONE, Step, Steps, checkpoints_of, steps_done
 
 _RECIPE = "recipe.yaml"
+_UNWRITABLE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.EROFS, errno.EACCES, errno.EPERM),
+}
 
 
 def run(
@@ -159,13 +164,18 @@ class _Run:
             if self.processes.main:
                 _remove(final)
                 temporary.rename(final)
-                entry = {"key": key, "seconds": round(seconds, 1)}
+                entry: dict[str, Any] = {"key": key, "seconds": round(seconds, 1)}
+                if self.steps.commits:
+                    entry["commits"] = dict(self.steps.commits)
                 self._write_done(steps_done(self.folder) | {step.artefact: entry})
                 _remove(checkpoints_of(temporary))
-        except OSError as error:
+        except Exception as error:
+            why = _unwritable(error)
+            if why is None:
+                raise
             raise HfpruneError(
-                f"{step.name}: cannot write in {self.folder}: {error.strerror or error}. Finished"
-                " steps are kept."
+                f"{step.name}: cannot write in {self.folder}: {why}. Finished steps and the last"
+                " checkpoint are kept; make room or rights, and run it again."
             ) from error
         self.processes.gather()
         return seconds
@@ -185,6 +195,15 @@ class _Run:
         temporary = self.folder / f"{DONE}.tmp"
         temporary.write_text(json.dumps(done, indent=2) + "\n")
         temporary.replace(self.folder / DONE)
+
+
+def _unwritable(error: Exception) -> str | None:
+    """Why a file could not be written; None if that is not what the error is about."""
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in _UNWRITABLE else None
+    text = str(error).partition("\n")[0]
+    # safetensors and torch.save tell of the system's errors in their own.
+    return text if "(os error " in text or "PytorchStreamWriter" in text else None
 
 
 def _say_nothing(line: str) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hfprune.data import Batches, blocks, labelled, load_texts
+from hfprune.data import Batches, blocks, commit_of, labelled, load_texts
 from hfprune.errors import RecipeError
 from hfprune.evaluation.evaluate import (
     Quality,
@@ -93,6 +93,7 @@ class Steps:
             layers=recipe.prune.layers,
             experts=recipe.prune.experts,
         )
+        self.commits: dict[str, str] = {}  # of the Hub model and dataset that were loaded
         self.rounds = Round.of(recipe)
         self.last = self.rounds[-1].path(self.rounds[-1].result)
         if len(self.rounds) > 1:
@@ -192,6 +193,7 @@ class Steps:
     def splits(self) -> dict[str, Dataset]:
         """The examples, tokenized: "train", "dev" and "test"."""
         texts = load_texts(self.recipe.data)
+        self._resolved("data", commit_of(texts["train"]))
         make = blocks if self.recipe.task == "text-generation" else labelled
         return make(texts, self.tokenizer, self.recipe.data)
 
@@ -243,12 +245,18 @@ class Steps:
         """The dense model, which has learnt the task."""
         self._check_data()
         model = self._load_dense()
+        self._resolved("model", getattr(model.config, "_commit_hash", None))
         self.constraints.check(model)
         if self.recipe.measure.lengths:
             check_length(model, self._probe(), max(self.recipe.measure.lengths))
         if self.recipe.finetune:
             self.training.finetune(model, checkpoints_of(path))
         self.save(model, path)
+
+    def _resolved(self, what: str, commit: str | None) -> None:
+        """Note which commit a Hub id stood for; branches move on."""
+        if commit:
+            self.commits[what] = commit
 
     def _check_data(self) -> None:
         """Read the data before any model: what is wrong with it shows at once, not at the end."""

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hfprune.data import Batches, blocks, labelled, load_texts
+from hfprune.data import Batches, blocks, commit_of, labelled, load_texts
 from hfprune.errors import DataError
 from hfprune.recipe import Data
 
@@ -212,6 +212,16 @@ def test_other_kinds_of_file(ending, tmp_path, data):
     path = tmp_path / f"train.{ending}"
     getattr(Dataset.from_list(sentences(4)), f"to_{ending}")(path)
     assert load_texts(Data(str(path), data.dev, data.test))["train"].to_list() == sentences(4)
+
+
+def test_the_commit_of_a_hub_dataset_is_in_the_addresses_of_its_files(data):
+    from datasets import Dataset, DatasetInfo
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    address = f"hf://datasets/nyu-mll/glue@{commit}/sst2/train.parquet"
+    info = DatasetInfo(download_checksums={address: {"num_bytes": 1, "checksum": None}})
+    assert commit_of(Dataset.from_list(sentences(2), info=info)) == commit
+    assert commit_of(load_texts(data)["train"]) is None
 
 
 def test_an_unknown_kind_of_file(tmp_path, data):

@@ -350,6 +350,27 @@ def test_data_that_cannot_serve(rows, message, finetuned, recipe, tmp_path):
     assert files(at(recipe)) == ["steps.json"]
 
 
+def test_the_commit_that_a_hub_id_stood_for_is_kept(recipe, tmp_path):
+    """From the Hub's cache, laid out as the client lays it out."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--me--tiny"
+    shutil.copytree(recipe.model, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    of_hub = dataclasses.replace(recipe, model="me/tiny", finetune=None)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(of_hub.to_dict()))
+    code = "import sys; from hfprune import run; run(sys.argv[1], until='dense')"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "recipe.yaml"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    done = json.loads(at(recipe, "steps.json").read_text())
+    assert done["dense"]["commits"] == {"model": commit}
+
+
 def test_a_batch_that_the_test_split_cannot_fill(recipe):
     with pytest.raises(RecipeError, match="12 examples, too few for a batch of 13"):
         hfprune.run(changed(recipe, "measure", batch_sizes=(1, 13)), say=str)
@@ -375,7 +396,7 @@ def test_a_loss_that_is_not_a_number(recipe):
 
 
 def generation(folder, **changes):
-    return make(folder, "llama", task="text-generation", finetune=None, **changes)
+    return make(folder, "llama", **{"task": "text-generation", "finetune": None} | changes)
 
 
 def test_a_language_model(tmp_path):
