@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
@@ -96,7 +97,8 @@ def refuse_spoilt(model: nn.Module, step: int, output_dir: str | None) -> None:
         DataError: names the first such tensor and the step.
     """
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not parameter.isfinite().all():
+        here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if parameter.requires_grad and not here.isfinite().all():
             raise DataError(
                 f"{name} is not finite after global step {step}, so no checkpoint was written; "
                 f"earlier checkpoints in {output_dir} are intact. Lower learning_rate, or set "

@@ -36,7 +36,7 @@ from hfprune.planning.constraints import Constraints
 from hfprune.planning.plan import PruningPlan
 from hfprune.planning.solve import plan
 from hfprune.recovery.schedule import Schedule
-from hfprune.structure.anatomy import Anatomy, Block, Group
+from hfprune.structure.anatomy import Anatomy, Block, Group, check_whole
 from hfprune.structure.checkpoint import as_stock
 from hfprune.structure.surgery import cut
 
@@ -150,7 +150,9 @@ class GradualPruning(TrainerCallback):
                 "Gradual pruning needs one process per GPU, each with the whole model: start with"
                 " `accelerate launch`, without DeepSpeed."
             )
+        check_whole(model)
         self._hooks.close()  # of a run that an exception ended
+        self.plan, self.importance = None, {}
         self._anatomy = Anatomy.of(model)
         self._constraints.check(model)
         self._ungated: dict[str, torch.Tensor] = {}

@@ -7,10 +7,17 @@ import subprocess
 import sys
 import warnings
 
+import accelerate
 import pytest
 import torch
 import transformers
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 import hfprune
 from hfprune.errors import BudgetError, HfpruneError, UnsupportedModelError
@@ -434,7 +441,19 @@ def test_a_run_that_ends_early_or_starts_twice_is_an_error(tmp_path):
         train(model, rows, tmp_path, GradualPruning("macs=50%"), Stop())
     assert not any(module._forward_pre_hooks for module in model.modules())
     callback = GradualPruning("macs=50%", schedule=Schedule(0, 0.7, 2))
-    trainer = train(model, rows, tmp_path, callback)
+
+    def kill(step, model):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    fresh, other = model_of("bert"), GradualPruning("macs=50%", schedule=Schedule(0, 0.7, 2))
+    with pytest.raises(KeyboardInterrupt):
+        train(model_of("bert"), rows, tmp_path, callback, Spy(kill))
+    model = model_of("bert")
+    trainer = train(model, rows, tmp_path, callback)  # the same again, from the start
+    train(fresh, rows, tmp_path, other)
+    assert callback.plan == other.plan
+    assert_close(model.state_dict(), fresh.state_dict(), rtol=0, atol=0)
     with pytest.raises(HfpruneError, match="make a new Trainer"):
         trainer.train()
     trainer = Trainer(
@@ -470,6 +489,14 @@ def test_two_forward_passes_for_one_backward_are_refused(tmp_path):
     )
     with pytest.raises(HfpruneError, match="forward twice before one backward"):
         trainer.train()
+
+
+def test_a_model_that_is_not_all_in_memory_is_refused(tmp_path):
+    model = accelerate.cpu_offload(model_of("bert"), torch.device("cpu"))
+    with pytest.raises(UnsupportedModelError, match="offloaded"):
+        GradualPruning("macs=50%").on_train_begin(
+            arguments(tmp_path), TrainerState(), TrainerControl(), model=model
+        )
 
 
 def test_adapters_are_refused(tmp_path):
