@@ -22,7 +22,11 @@ from transformers import (
 from hfprune.errors import RecipeError
 from hfprune.processes import Processes
 from hfprune.recipe import Distill, Finetune, Recipe
-from hfprune.recovery.checkpoints import last_complete_checkpoint
+from hfprune.recovery.checkpoints import (
+    last_complete_checkpoint,
+    refuse_spoilt,
+    training_format,
+)
 from hfprune.recovery.distillation import DistillationArguments, DistillationTrainer
 
 if TYPE_CHECKING:
@@ -81,7 +85,12 @@ class _InOrder:
 
 
 class _Trainer(_InOrder, Trainer):
-    pass
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save what can be loaded back, and never weights that are not finite."""
+        saved = self.accelerator.unwrap_model(self.model)
+        refuse_spoilt(saved, self.state.global_step, self.args.output_dir)
+        with training_format(saved):
+            super()._save_checkpoint(model, trial)
 
 
 class _DistillationTrainer(_InOrder, DistillationTrainer):

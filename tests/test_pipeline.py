@@ -395,6 +395,13 @@ def test_a_loss_that_is_not_a_number(recipe):
     assert {p.name for p in at(recipe).iterdir()} == {"steps.json", "dense"}
 
 
+def test_fine_tuning_that_diverges_leaves_no_checkpoint(recipe):
+    wild = changed(recipe, "finetune", learning_rate=1e30)
+    with pytest.raises(DataError, match="is not finite after global step 5, so no checkpoint"):
+        hfprune.run(wild, say=str)
+    assert not list(at(recipe).rglob("checkpoint-*")) and not at(recipe, "dense").exists()
+
+
 def generation(folder, **changes):
     return make(folder, "llama", **{"task": "text-generation", "finetune": None} | changes)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from launching import ROOT, environment, launch, losses
+from launching import ROOT, environment, launch, losses, together
 from test_pipeline import at, generation
 
 import hfprune
@@ -98,6 +98,31 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert not trained["lm_head.weight"].equal(start["lm_head.weight"])
     for name, tensor in weights(two, "distilled").items():
         torch.testing.assert_close(tensor, trained[name], rtol=1e-3, atol=2e-5)
+
+
+FAILING = """
+import os, sys
+from hfprune import steps
+from hfprune.pipeline import run
+
+def fails(*given, **named):
+    raise MemoryError("no room for the gradients")
+
+if os.environ["RANK"] == "1":
+    steps.score = fails
+run(sys.argv[1], until="scores")
+"""
+
+
+@pytest.mark.slow
+def test_a_step_that_fails_on_one_process_stops_the_run_on_all(tmp_path):
+    (recipe,) = recipes(tmp_path, 1)
+    code = FAILING.replace("sys.argv[1]", repr(str(tmp_path / "0.yaml")))
+    first, second = together(code)
+    assert first[0] == second[0] == 1
+    assert "OtherProcessError: Process 1 failed: MemoryError: no room for the grad" in first[2]
+    assert "MemoryError: no room" in second[2] and "OtherProcessError" not in second[2]
+    assert {p.name for p in at(recipe).iterdir() if p.name[0] != "."} == {"dense", "steps.json"}
 
 
 @pytest.mark.slow
