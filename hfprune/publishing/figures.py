@@ -273,8 +273,8 @@ def _of_quality(report: Report) -> Picture:
     return Picture(
         "quality",
         title,
-        "Bars are 95 % intervals of each model by itself. Compared on the same examples the models"
-        " differ less than the bars suggest: see the table.",
+        "Bars are 95 % intervals of each model by itself. Whether two models differ is said by the"
+        " table, which compares them on the same examples.",
         f"{unit_of(metric)} with 95 % intervals. {listed}.",
         _single(title, 1.0 + 0.34 * len(qualities), lambda axes: draw_qualities(axes, qualities)),
     )

@@ -231,10 +231,13 @@ def draw_latencies(axes: Axes, lines: Mapping[str, Mapping[int, Latency]], xlabe
     how many times as fast as the first it is.
     """
     axes.set(xscale="log", yscale="log")
-    first, *_, last = lines.values()
+    models = list(lines.values())
+    first, last = models[0], models[-1]
     for number, (label, line) in enumerate(lines.items()):
         # The first is what the others are compared with; as in the other pictures, in grey.
-        color, marker, dashes = (MUTED, "o", _DOTTED) if number == 0 else LINES[number - 1]
+        color, marker, dashes = (
+            (MUTED, "o", _DOTTED) if number == 0 else LINES[(number - 1) % len(LINES)]
+        )
         sizes = sorted(line)
         runs = [line[size] for size in sizes]
         middle = [1e3 * run.median for run in runs]
@@ -242,11 +245,11 @@ def draw_latencies(axes: Axes, lines: Mapping[str, Mapping[int, Latency]], xlabe
         axes.errorbar(
             sizes, middle, ends, color=color, marker=marker, ls=dashes, label=label, **_BARS
         )
-    for size in sorted(first):
+    for size in sorted(first) if len(lines) > 1 else ():
         axes.annotate(
             f"{first[size].median / last[size].median:.1f}×",
-            (size, 1e3 * last[size].median),
-            (0, -9),
+            (size, 1e3 * min(last[size].low, last[size].median)),  # below the bar
+            (0, -6),
             textcoords="offset points",
             ha="center",
             va="top",

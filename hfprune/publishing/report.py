@@ -256,8 +256,9 @@ class Report:
             found.append(self._calibration(self.pruning))
         found += [
             f"One machine: latency and memory were measured on {measured.device} with"
-            f" {measured.threads} threads. Another processor, another runtime or other batch shapes"
-            " give other ratios, and latency follows MACs only roughly.",
+            f" {measured.threads} thread{'s' * (measured.threads != 1)}. Another processor, another"
+            " runtime or other batch shapes give other ratios, and latency follows MACs only"
+            " roughly.",
             *self._overlaps(),
             "Energy was not measured: this machine lets no hardware counter be read, and an"
             " estimate would be no measurement."

@@ -206,7 +206,7 @@ def test_the_page_is_readable_on_a_telephone_and_on_a_wide_screen(written, tmp_p
         assert seen["scroll"] <= seen["client"], (width, seen)
         assert seen["outside"] == [], width  # letters that a picture cuts off
         assert seen["small"] == [], width
-        assert seen["figures"] == 10
+        assert seen["figures"] == 9
     shot = tmp_path / "shot.png"
     browse(
         tmp_path, f"--screenshot={shot}", "--window-size=1400,900", f"file://{written}/report.html"
