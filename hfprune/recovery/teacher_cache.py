@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ class TeacherCache:
                 " without a cache."
             )
         made_of = [_VERSION, self._top_k, per_part, _of_teacher(teacher)]
-        made_of.append(_digest(batch for _, batch in _batches(rows, collate)))
+        made_of.append(_digest(_batches(rows, collate)))
         key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:20]
         path = self._folder / key
         if not (path / _META).is_file():
@@ -198,7 +198,7 @@ class TeacherCache:
                 continue
             numbers = range(number * per_part, min((number + 1) * per_part, len(rows)))
             found, counts = [], []
-            for _, batch in _batches(rows, collate, numbers):
+            for batch in _batches(rows, collate, numbers):
                 here = {
                     name: value.to(accelerator.device) if torch.is_tensor(value) else value
                     for name, value in batch.items()
@@ -235,12 +235,11 @@ def _part(number: int) -> str:
 
 def _batches(
     rows: Numbered, collate: Collate, numbers: Sequence[int] | None = None
-) -> Iterator[tuple[Sequence[int], Batch]]:
+) -> Iterator[Batch]:
     """The rows of the given numbers, all by default, in order and in batches of one size."""
     numbers = range(len(rows)) if numbers is None else numbers
     for start in range(0, len(numbers), _BATCH):
-        some = numbers[start : start + _BATCH]
-        yield some, collate([rows[n] for n in some])
+        yield collate([rows[n] for n in numbers[start : start + _BATCH]])
 
 
 def _of_teacher(teacher: PreTrainedModel) -> str:
@@ -255,7 +254,7 @@ def _of_teacher(teacher: PreTrainedModel) -> str:
     return found.hexdigest()
 
 
-def _digest(batches: Any) -> str:
+def _digest(batches: Iterable[Batch]) -> str:
     """Hash of the tensors of batches."""
     found = hashlib.sha256()
     for batch in batches:
