@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING
 
 import hfprune
 from hfprune import cli
+from hfprune.importance.criteria import CRITERIA
 from hfprune.structure.architectures import ROWS
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -84,6 +85,18 @@ def test_a_model_is_planned_as_the_page_says(tmp_path, monkeypatch, capsys):
     assert "No structure keeps only macs=1%" in said and "the least is macs=" in said
     assert "worth of next" in said and "at the margin" in said
     assert names["small"].macs_share <= 0.4
+
+
+def test_the_page_on_scoring_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        names = run(DOCS / "scoring.md")
+    finally:
+        CRITERIA.pop("sharpest", None)
+    assert "Zeros alone make nothing faster" in capsys.readouterr().out
+    assert names["by_itself"].examples == 32
+    kept = hfprune.from_pretrained(tmp_path / "sparse").bert.encoder.layer[1].output.dense.weight
+    assert (kept == 0).float().mean() == 0.5
 
 
 def test_links_lead_somewhere():
