@@ -53,9 +53,11 @@ def load_texts(data: Data) -> dict[str, Dataset]:
 
 
 def commit_of(dataset: Dataset) -> str | None:
-    """The commit of the Hub dataset that was loaded; None for files."""
-    for address in dataset.info.download_checksums or {}:
-        if found := re.match(r"hf://datasets/[^@]+@([0-9a-f]{40})/", address):
+    """The commit of the Hub dataset that was loaded, by which its cache is named; None for files,
+    whose cache has a longer name.
+    """
+    for file in dataset.cache_files:
+        if found := re.search(r"[/\\]([0-9a-f]{40})[/\\]", file["filename"]):
             return found[1]
     return None
 

@@ -77,14 +77,14 @@ RECIPE = Recipe.from_dict(
 ).to_dict()
 
 
-def run(folder, base=None, **changes):
+def run(folder, base=None, commits=None, **changes):
     """The folder of a finished run, as far as it is published."""
     save(folder / "distilled", base=base)
     plan = plan_of(tiny.model("bert", "AutoModelForSequenceClassification"))
     plan.save(folder / "plan.json")
     draw_kept(plan, folder / "kept.png")
     texts = {
-        "steps.json": "{}",
+        "steps.json": json.dumps({"dense": {"commits": commits or {}}}),
         "reloaded.json": json.dumps({"model": "distilled"}),
         "report.json": json.dumps(report().to_dict()),
         "report.md": report().markdown(),

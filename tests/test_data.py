@@ -214,13 +214,8 @@ def test_other_kinds_of_file(ending, tmp_path, data):
     assert load_texts(Data(str(path), data.dev, data.test))["train"].to_list() == sentences(4)
 
 
-def test_the_commit_of_a_hub_dataset_is_in_the_addresses_of_its_files(data):
-    from datasets import Dataset, DatasetInfo
-
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    address = f"hf://datasets/nyu-mll/glue@{commit}/sst2/train.parquet"
-    info = DatasetInfo(download_checksums={address: {"num_bytes": 1, "checksum": None}})
-    assert commit_of(Dataset.from_list(sentences(2), info=info)) == commit
+def test_files_have_no_commit(data):
+    """Hub datasets have: see tests/publishing/test_hub.py, where there is a Hub."""
     assert commit_of(load_texts(data)["train"]) is None
 
 

@@ -149,6 +149,7 @@ def _parcel_of(model: Path, beside: Path, run: Path, name: str = "") -> Parcel:
     recipe = {}
     with suppress(FileNotFoundError):
         said = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+        _pin(said, run)
         places = sorted(_places(said), key=len, reverse=True)
         recipe = _without_places(said, places)
         files["recipe.yaml"] = yaml.safe_dump(recipe, sort_keys=False).encode()
@@ -192,6 +193,17 @@ def _not_pruned(what: str) -> str:
         f"{what} was not pruned by hfprune: its config has no {KEY!r}. Publish it by its own"
         " push_to_hub."
     )
+
+
+def _pin(recipe: dict[str, Any], run: Path) -> None:
+    """Name the commits for which the recipe's revisions stood when the run was made."""
+    commits: dict[str, str] = {}
+    with suppress(FileNotFoundError):  # a folder that was published carries its recipe alone
+        steps = json.loads((run / "steps.json").read_text())
+        commits = steps.get("dense", {}).get("commits", {})
+    for what, section in (("model", recipe), ("data", recipe["data"])):
+        if what in commits:
+            section["revision"] = commits[what]
 
 
 def _places(values: Any) -> set[str]:

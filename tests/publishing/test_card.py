@@ -63,13 +63,16 @@ def test_a_hub_data_set_is_named_with_its_revision(tmp_path):
         "dataset": "org/movies",
         "test": "validation",
         "config": "small",
-        "revision": "4" * 40,
+        "revision": None,
     }
-    found = data_of(saved.run(tmp_path, data=data), inherited={"datasets": "base/text"})
+    run = saved.run(tmp_path, data=data, commits={"data": "4" * 40})
+    found = data_of(run, inherited={"datasets": "base/text"})
     assert found.datasets == ["base/text", "org/movies"]
     (result,) = found.eval_results
     assert (result.dataset_type, result.dataset_config) == ("org/movies", "small")
     assert (result.dataset_split, result.dataset_revision) == ("validation", "4" * 40)
+    with packed(run, None) as parcel:
+        assert yaml.safe_load(parcel.files["recipe.yaml"])["data"]["revision"] == "4" * 40
 
 
 def test_every_figure_of_the_page_was_measured(run):
@@ -195,6 +198,13 @@ def test_what_a_base_says_is_taken_over(hub, tmp_path):
     (warning,) = publish(model, "me/half", verify=False, say=lambda line: None).warnings
     assert "me/base could not be read" in warning
     assert ModelCard.load("me/half").data.license == "other"  # it was on the card already
+
+
+def test_what_was_published_can_be_published_again(run, tmp_path):
+    publish(run, "me/half", dry_run=tmp_path / "there", say=lambda line: None)
+    with packed(run, None) as first, packed(tmp_path / "there", None) as again:
+        assert first.files.keys() == again.files.keys()
+        assert again.recipe == first.recipe
 
 
 def test_several_rounds_name_the_last_model(tmp_path):

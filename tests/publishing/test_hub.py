@@ -21,7 +21,7 @@ from huggingface_hub import HfApi, constants
 from test_data import sentences, tiny_tokenizer, write
 
 import hfprune
-from hfprune.data import load_texts
+from hfprune.data import commit_of, load_texts
 from hfprune.errors import HfpruneError, PublishError
 from hfprune.publishing.hub import publish
 from hfprune.publishing.parcel import RECORD
@@ -541,3 +541,6 @@ def test_a_data_set_is_read_at_its_revision(hub, tmp_path, monkeypatch):
         assert {split: dataset["text"][0] for split, dataset in loaded.items()} == dict.fromkeys(
             names, text
         )
+        assert {commit_of(dataset) for dataset in loaded.values()} == {commit}
+    latest = load_texts(Data(dataset="me/movies", **names))
+    assert commit_of(latest["train"]) == commits[-1]
