@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from hfprune.evaluation.evaluate import Difference, Quality
 from hfprune.evaluation.measure import Measurement
+from hfprune.importance.diagnosis import ALIKE
 from hfprune.publishing.units import Pruning
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-ALIKE = 0.9
-"""Below this agreement of the calibration halves, the report warns of too few examples."""
 
 
 @dataclass(frozen=True)
