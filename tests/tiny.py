@@ -35,7 +35,6 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_target_positions"), 64),
     **dict.fromkeys(("image_size", "max_source_positions"), 16),
     "patch_size": 4,
-    "num_patches": 16,
     "num_mel_bins": 8,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -44,6 +43,7 @@ _SIZES: dict[str, int] = {
     "sliding_window": 4,
 }
 _TOWERS: dict[str, Any] = {"text_config": _SIZES, "vision_config": _SIZES, "projection_dim": 16}
+_PATCHES = {k: v for k, v in _SIZES.items() if k != "image_size"} | {"num_patches": 16}
 _AUDIO: dict[str, Any] = {
     "conv_dim": (16, 16),
     "conv_kernel": (10, 3),
@@ -69,7 +69,8 @@ _EXTRAS: dict[str, dict[str, Any]] = {
     "longformer": {"attention_window": [4] * LAYERS},
     "metaclip_2": _TOWERS,
     "sew": _AUDIO | {"squeeze_factor": 1},
-    "siglip2": _TOWERS,
+    "siglip2": _TOWERS | {"vision_config": _PATCHES},
+    "siglip2_vision_model": {"num_patches": 16},
     "siglip": _TOWERS,
     "mt5": _STARTED,
     "t5": _STARTED,

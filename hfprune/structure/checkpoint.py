@@ -170,7 +170,7 @@ def as_stock(model: PreTrainedModel) -> PreTrainedModel:
         path, entry = next(iter(odd.items()))
         raise CheckpointError(
             f"A stock {model.config.model_type} config cannot hold this structure: {path} differs "
-            f"by {entry}. Prune all layers to the same widths, and to head counts it can express."
+            f"by {entry}. {_way_out(model, path)}"
         )
     history = {k: v for k, v in getattr(model.config, KEY, {}).items() if k in ("base", "lineage")}
     for config in (model.config, *sub_configs_of(model.config).values()):
@@ -208,6 +208,14 @@ def _note_commit(
     if model_id and not os.path.exists(model_id):
         path = cached_file(str(model_id), file, **hub)
         model.config._commit_hash = extract_commit_hash(path, None)
+
+
+def _way_out(model: PreTrainedModel, path: str) -> str:
+    """What to do about a module that a stock config would give another size."""
+    stacks = row_of(model.config.model_type).stacks
+    if any(path.startswith(f"{stack.layers}.") for stack in stacks):
+        return "Prune all layers to the same widths, and to head counts it can express."
+    return "The same setting sizes this module outside the layers: keep the neurons of its stack."
 
 
 def _hub_origin(model: PreTrainedModel) -> dict[str, str]:
@@ -304,10 +312,15 @@ def from_pretrained(
         raise CheckpointError(f"{model_id}: {error}") from error
     model, info = loaded
     _note_commit(model, model_id, "config.json", **hub)
-    if modules and not auto_class:
-        odd = {k: sorted(map(str, info[k])) for k in ("missing_keys", "unexpected_keys") if info[k]}
-        if odd:
-            raise CheckpointError(f"{model_id} did not come back whole: {odd}.")
+    odd = {k: sorted(map(str, info[k])) for k in ("missing_keys", "unexpected_keys") if info[k]}
+    inside = f"{model.base_model_prefix}."
+    lost = [
+        key
+        for key in odd.get("missing_keys", [])
+        if key.removeprefix(inside).rpartition(".")[0] in modules
+    ]
+    if modules and odd and (lost or not auto_class):
+        raise CheckpointError(f"{model_id} did not come back whole: {odd}.")
     return model.eval()
 
 

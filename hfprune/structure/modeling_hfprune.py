@@ -313,6 +313,14 @@ class Pruned:
         super().post_init()  # type: ignore[misc]
 
     @classmethod
+    def _shares_names_with(cls, other: Any) -> bool:
+        """Whether the other class finds this one's layers: llama's for question answering calls its
+        base model otherwise, and would be left with random layers.
+        """
+        same = getattr(other, "base_model_prefix", None) == cls._stock.base_model_prefix
+        return same or other is cls._stock
+
+    @classmethod
     def is_custom_code(cls) -> bool:
         """False: custom code would get no conversion between names on disk and in memory."""
         return False
@@ -342,7 +350,7 @@ class Pruned:
         auto = {
             name: mapping[type(config)]
             for name, mapping in _auto_mappings().items()
-            if type(config) in mapping
+            if type(config) in mapping and self._shares_names_with(mapping[type(config)])
         }
         for part in sub_configs_of(config).values():  # as a load does: a second save is the same
             part.dtype = self.dtype  # type: ignore[attr-defined]

@@ -102,7 +102,7 @@ def only(dense, keep):
 
 @every_family_if_slow
 def test_without_a_layer_it_is_the_dense_one_that_skips_it(family, tmp_path):
-    dense = tiny.model(family)
+    dense = tiny.model(family, dtype=torch.float64)
     anatomy, inputs = Anatomy.of(dense), tiny.batch(dense)
     keep = tiny.selection(anatomy, seed=3)
     for block in anatomy.blocks:
@@ -116,14 +116,14 @@ def test_without_a_layer_it_is_the_dense_one_that_skips_it(family, tmp_path):
         torch.testing.assert_close(tiny.outputs(dense, inputs), expected, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         got = tiny.outputs(pruned, inputs)
-        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
         added = sum(p.numel() for p in pruned.parameters()) - anatomy.outside_params
         assert layers_params(anatomy, keep) <= added <= layers_params(anatomy, keep) * 1.05
         pruned.save_pretrained(tmp_path, verify=False)
         again = from_pretrained(
             tmp_path, attn_implementation="eager", experts_implementation="eager"
         )
-        assert tiny.outputs(again, inputs).equal(got)
+        torch.testing.assert_close(tiny.outputs(again, inputs), got, rtol=1e-5, atol=1e-5)
     if family in GENERATING:
         inputs.pop("decoder_input_ids", None)
         options = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5}

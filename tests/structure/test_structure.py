@@ -375,6 +375,7 @@ def test_upstreams_schema_says_what_it_can(tmp_path):
     keep = {"layers.0.mlp.down_proj": range(10), "layers.2.self_attn": (2, 3)}
     copy_and_cut(model, keep).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())["per_layer_config"]
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".py", ".safetensors"}
     assert written == {
         "0": {"intermediate_size": 10},
         "2": {"num_attention_heads": 2, "num_key_value_heads": 1},
@@ -425,6 +426,21 @@ def test_a_structure_that_a_stock_config_cannot_hold_is_refused_and_stays():
     assert type(model) is pruned(transformers.BertForMaskedLM)
 
 
+@pytest.mark.parametrize(
+    ("family", "kind", "says"),
+    [
+        ("siglip", "neuron", r"vision_model.head.mlp.fc1 differs.*outside the layers"),
+        ("clip", "head", r"text_model.encoder.layers.0.self_attn differs.*head counts"),
+        ("bert", "head", r"encoder.layer.0.attention.self.* differs.*head counts"),
+    ],
+)
+def test_uniform_widths_that_a_stock_config_cannot_hold_are_refused_by_name(family, kind, says):
+    model = tiny.model(family)
+    keep = {g.name: range(2) for g in Anatomy.of(model) if g.kind == kind}
+    with pytest.raises(CheckpointError, match=says):
+        as_stock(copy_and_cut(model, keep))
+
+
 def test_a_stock_model_keeps_its_history(tmp_path):
     keep = {g.name: range(5) for g in Anatomy.of(tiny.model("bert")) if g.kind == "neuron"}
     as_stock(copy_and_cut(tiny.model("bert"), keep, {"budget": "a"})).save_pretrained(tmp_path)
@@ -473,6 +489,49 @@ def test_the_table_of_a_model_lists_its_experts():
     lines = str(Anatomy.of(tiny.model("mixtral"))).splitlines()
     (line,) = (line for line in lines if line.startswith("layers.1.mlp.experts"))
     assert line.split()[1:3] == ["experts", str(tiny.EXPERTS)]
+
+
+@pytest.mark.parametrize(
+    ("family", "read"),
+    [
+        ("llama", "input_ids"),
+        ("bart", "input_ids, decoder_input_ids"),
+        ("vit", "pixel_values"),
+        ("clip", "input_ids, pixel_values"),
+        ("siglip2", "input_ids, pixel_values, pixel_attention_mask, spatial_shapes"),
+        ("wav2vec2", "input_values"),
+        ("hubert", "input_values"),
+        ("whisper", "input_features, decoder_input_ids"),
+    ],
+)
+def test_saving_says_what_it_compared(family, read, tmp_path, caplog):
+    model = tiny.model(family)
+    model = copy_and_cut(model, tiny.selection(Anatomy.of(model)))
+    with caplog.at_level("INFO", logger=copy_and_cut.__module__.rpartition(".")[0]):
+        model.save_pretrained(tmp_path)
+    tensors = len(model.state_dict())
+    (said,) = (r.getMessage() for r in caplog.records if "Reloaded" in r.getMessage())
+    assert said.endswith(f"{tensors} of {tensors} tensors and the outputs on {read} are equal")
+
+
+@pytest.mark.parametrize("family", ["wav2vec2", "whisper", "bert"])
+def test_saving_notices_what_only_the_outputs_show(family, tmp_path):
+    model = tiny.model(family)
+    model = copy_and_cut(model, tiny.selection(Anatomy.of(model)))
+    group = next(g for g in Anatomy.of(model) if g.kind == "neuron")
+    outlet = model.base_model.get_submodule(group.outlet)
+    outlet.register_forward_hook(lambda module, args, output: output + 1)  # no tensor tells of it
+    with pytest.raises(StructureError, match="equal tensors but other outputs"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_probe_that_does_not_fit_is_said(tmp_path, caplog):
+    model = tiny.model("bert")
+    model = copy_and_cut(model, tiny.selection(Anatomy.of(model)))
+    model.main_input_name = "pixel_values"
+    model.config.image_size = 8
+    model.save_pretrained(tmp_path)
+    assert "No outputs were compared" in caplog.text
 
 
 def test_the_family_table_lists_every_row():

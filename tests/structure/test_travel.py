@@ -96,6 +96,34 @@ def test_the_stock_trainer_trains_and_resumes(family, tmp_path):
         assert again.state_dict()[name].equal(tensor)
 
 
+@pytest.mark.parametrize("family", ["bert", "llama", "t5", "vit", "whisper"])
+def test_all_auto_classes_load_one_folder(family, tmp_path):
+    model = cut_model(family)
+    model.save_pretrained(tmp_path / family)
+    served = model.config.auto_map
+    assert tiny.auto_class(family) in served and "AutoModel" in served
+    saved = model.base_model.state_dict()
+    for name in served:
+        auto = getattr(transformers, name)
+        loaded = auto.from_pretrained(tmp_path / family, trust_remote_code=True)
+        again = hfprune.from_pretrained(tmp_path / family, auto_class=auto)
+        assert type(again).__name__ == type(loaded).__name__
+        for other in (loaded, again):
+            tensors = other.base_model.state_dict()
+            inside = [key for key in tensors if any(map(str.isdecimal, key.split(".")))]
+            assert inside
+            for key in inside:
+                assert saved[key].equal(tensors[key])
+
+
+def test_a_class_that_does_not_find_the_layers_is_refused(tmp_path):
+    model = cut_model("llama")
+    model.save_pretrained(tmp_path)
+    assert "AutoModelForQuestionAnswering" not in model.config.auto_map
+    with pytest.raises(hfprune.errors.CheckpointError, match="did not come back whole"):
+        hfprune.from_pretrained(tmp_path, auto_class=transformers.AutoModelForQuestionAnswering)
+
+
 OFFLINE = """
 import socket, sys
 def refuse(*args, **kwargs): raise AssertionError("something called the network")
