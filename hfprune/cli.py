@@ -74,7 +74,7 @@ def plan(
         str, typer.Argument(help="Such as macs=50%, memory=400MB@1x128; several with commas.")
     ],
     output: Annotated[Path, typer.Option(help="Where the plan is written.")] = Path("plan.json"),
-    criterion: Annotated[str, typer.Option(help="By which importance.")] = "fisher",
+    criterion: Annotated[str, typer.Option(help="By which importance.")] = "reconstruction",
     round_to: Annotated[int, typer.Option(help="FFN widths are multiples of this.")] = 1,
     uniform: Annotated[bool, typer.Option(help="All layers alike: a stock model.")] = False,
     protect: Annotated[

@@ -73,7 +73,7 @@ def prune(
     model: PreTrainedModel | str | os.PathLike[str],
     batches: Iterable[Batch],
     budget: str | Budget | Sequence[str],
-    criterion: str = "fisher",
+    criterion: str = "reconstruction",
     constraints: Constraints | None = None,
 ) -> PreTrainedModel:
     """Score, plan, remove and compensate in one call.

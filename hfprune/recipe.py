@@ -115,7 +115,7 @@ class Prune:
     """
 
     budget: str | tuple[str, ...] = "macs=50%"
-    criterion: str = "fisher"
+    criterion: str = "reconstruction"
     min_heads: int = 1
     min_neurons: int = 1
     round_to: int = 1

@@ -67,7 +67,7 @@ def test_gemma_prunes_compensates_reloads_and_generates(tmp_path):
     vars(model).update(hf_quantizer=None, is_quantized=False)
     del model.config.quantization_config
 
-    scores = hfprune.score(model, calibration, ["fisher"])
+    scores = hfprune.score(model, calibration, ["reconstruction"])
     plan = hfprune.plan(model, scores, "params=80%")
     pruned = hfprune.remove(model, plan)
     compensated = hfprune.remove(model, plan, compensate=calibration)

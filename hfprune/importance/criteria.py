@@ -47,7 +47,7 @@ Criterion = Callable[[Evidence], torch.Tensor]
 CRITERIA: dict[str, Criterion] = {}
 
 JOINT: set[str] = set()
-"""Criteria that read `Evidence.joint`: dearer, so measured only where they are asked for."""
+"""Criteria that read `Evidence.joint`, which is gathered only for them."""
 
 
 def criterion(function: Criterion) -> Criterion:
@@ -132,3 +132,9 @@ def random(evidence: Evidence) -> torch.Tensor:
     """Uniform noise: the floor that every other criterion must beat."""
     generator = torch.Generator().manual_seed(evidence.seed)
     return torch.rand(len(evidence.weights), generator=generator, dtype=torch.float64)
+
+
+HALVED: dict[str, Criterion] = {"taylor": taylor, "fisher": fisher, "reconstruction": fisher}
+"""By what the two halves of the examples are compared, for the criteria that read gradients: joint
+moments are not kept twice.
+"""

@@ -49,7 +49,7 @@ class Joint:
 
     Attributes:
         moments: of its outlet.
-        weight: (columns, outputs) float64, the outlet's.
+        weight: (columns, outputs), the outlet's.
         units: how many, of equally many consecutive columns each.
         bias: whether the outlet has a bias, which is refitted too.
     """
@@ -115,7 +115,8 @@ def removal_errors(joint: Joint) -> torch.Tensor:
     Returns:
         (units,) float64, a sum over calibration tokens; ascending in the order of removal.
     """
-    moments, weight, units = joint.moments, joint.weight, joint.units
+    moments, units = joint.moments, joint.units
+    weight = joint.weight.to(moments.inputs.device, torch.float64)
     importance = weight.new_zeros(units)
     trace = moments.gradients.double().trace()
     if not units or not trace:
@@ -151,9 +152,10 @@ def removal_errors(joint: Joint) -> torch.Tensor:
 def _damped_inverse(inputs: torch.Tensor, bias: bool) -> torch.Tensor:
     """Inverse second moments of the inputs; about their mean where a bias takes the mean over."""
     gram = inputs[:-1, :-1]
+    damping = DAMPING * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
     if bias:
         gram = gram - torch.outer(inputs[:-1, -1], inputs[-1, :-1]) / inputs[-1, -1]
-    damping = DAMPING * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-    return torch.linalg.inv(
-        gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    damped: torch.Tensor = gram + damping * torch.eye(
+        len(gram), dtype=gram.dtype, device=gram.device
     )
+    return torch.linalg.inv(damped)

@@ -21,7 +21,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hfprune.errors import DataError, HfpruneError, unknown
-from hfprune.importance.criteria import CRITERIA, JOINT, Evidence, criterion_named
+from hfprune.importance.criteria import (
+    CRITERIA,
+    HALVED,
+    JOINT,
+    Evidence,
+    criterion_named,
+)
 from hfprune.importance.diagnosis import check_finite, warn_if_unsettled
 from hfprune.importance.gates import (
     Receiver,
@@ -65,8 +71,8 @@ class Scores:
         examples: calibration examples.
         tokens: mean tokens per example, without padding.
         agreement: {criterion: Spearman rank correlation between the two halves of the calibration
-            examples}, for the criteria that read gradients; low means that more examples would
-            change the plan.
+            examples}, for the criteria that read gradients (of `reconstruction`, that of `fisher`,
+            which reads the same ones); low means that more examples would change the plan.
     """
 
     importance: Mapping[str, Mapping[str, torch.Tensor]]
@@ -130,8 +136,8 @@ def score(
     Args:
         model: a transformers model of a known family; left as it was.
         batches: what the model is called with, {name: tensor}; with labels for the loss on them.
-        criteria: names from the registry; by default all but `reconstruction`, which costs as much
-            again and the memory of (columns^2 + outputs^2) float32 numbers an outlet.
+        criteria: names from the registry; all of them by default. Leave out `reconstruction` where
+            memory is tight: it needs (columns^2 + outputs^2) float32 numbers an outlet.
         loss: "labels", the model's own loss; "sampled", its loss on labels drawn from its own
             predictions, and "logits", how far its logits move, for which no labels are needed; or
             (model, batch) -> a loss summed over examples or labelled tokens.
@@ -144,8 +150,7 @@ def score(
         DataError: no batches, no labels, a loss that is not finite (names the batch and the layer),
             or one that does not depend on some group of units (names the group).
     """
-    cheap = [name for name in CRITERIA if name not in JOINT]
-    wanted = {name: criterion_named(name) for name in criteria or cheap}
+    wanted = {name: criterion_named(name) for name in criteria or CRITERIA}
     chosen = loss_named(loss, seed) if isinstance(loss, str) else loss
     anatomy = Anatomy.of(model)
     gathering = Gathering(model, anatomy, joint=not JOINT.isdisjoint(wanted))
@@ -176,11 +181,9 @@ def score(
         for name, function in wanted.items()
     }
     agreement: dict[str, float] = {}
-    for name in ("taylor", "fisher"):
+    for name, function in HALVED.items():
         if name in wanted and gathering.examples > 1:
-            halves = [
-                torch.cat([wanted[name](pair[half]) for _, pair in evidence]) for half in (0, 1)
-            ]
+            halves = [torch.cat([function(pair[half]) for _, pair in evidence]) for half in (0, 1)]
             agreement[name] = rank_correlation(*halves)
     warn_if_unsettled(agreement, gathering.examples)
     return Scores(
@@ -373,7 +376,7 @@ class Gathering:
             return None
         return Joint(
             self.joint.moments[group.name],
-            _outlet_rows(self._model, group).double(),
+            _outlet_rows(self._model, group),
             group.units,
             bias=getattr(outlet_of(self._model, group), "bias", None) is not None,
         )

@@ -26,10 +26,10 @@ def joint(width, bias, inputs=None):
 
 def refitted_error(x, known, gone):
     """The least damped error of outputs without the columns `gone`, by solving for the rest."""
+    damping = DAMPING * x.square().sum(dim=0).mean()
     if known.bias:
         x = x - x.mean(dim=0)
-    gram = x.T @ x
-    gram += DAMPING * gram.diagonal().mean() * torch.eye(COLUMNS)
+    gram = x.T @ x + damping * torch.eye(COLUMNS)
     stay = [c for c in range(COLUMNS) if c not in gone]
     change = torch.zeros_like(known.weight)
     change[gone] = -known.weight[gone]

@@ -61,7 +61,7 @@ def check(folder, alone, world):
     for rank in range(world):
         for loss, expected in alone.items():
             found = Scores.load(Path(folder, f"{loss}{rank}"))
-            assert_same(found, expected, rtol=1e-4, atol=1e-9)  # sums of terms that cancel
+            assert_same(found, expected, rtol=1e-3, atol=1e-9)  # sums that cancel, and are inverted
             assert found.agreement == pytest.approx(expected.agreement)
         assert "does not depend on layers.1.self_attn" in Path(folder, f"error{rank}").read_text()
 
