@@ -110,12 +110,32 @@ class Processes:
         """
         if self._store is None or isinstance(error, OtherProcessError):
             return
-        self.stop_if_failed()
         text = str(error) if isinstance(error, HfpruneError) else f"{type(error).__name__}: {error}"
-        self._store.set(_FAILED, json.dumps([self.rank, text]))
-        others = [f"told/{rank}" for rank in range(self.count) if rank != self.rank]
+        with suppress(RuntimeError):  # process 0 is gone, and the store with it
+            self.stop_if_failed()
+            self._store.set(_FAILED, json.dumps([self.rank, text]))
+            self._wait_for_others("told")
+
+    def leave(self) -> None:
+        """Meet for the last time. Process 0 serves the store: it leaves after the others.
+
+        Raises:
+            OtherProcessError: one of them failed.
+        """
+        self.gather()
+        if self._store is None:
+            return
+        if self.main:
+            self._wait_for_others("left")
+        else:
+            self._store.set(f"left/{self.rank}", "")
+
+    def _wait_for_others(self, what: str) -> None:
+        """Wait until the others have said something, but not for ever: they may be gone."""
+        assert self._store is not None
+        keys = [f"{what}/{rank}" for rank in range(self.count) if rank != self.rank]
         deadline = time.monotonic() + _GRACE
-        while time.monotonic() < deadline and not self._store.check(others):
+        while time.monotonic() < deadline and not self._store.check(keys):
             time.sleep(_PAUSE)
 
     def listen(self, until: threading.Event) -> None:
@@ -155,7 +175,9 @@ def launched() -> Iterator[Processes]:
     listener.start()
     try:
         yield processes
-        processes.gather()  # the store is in process 0, which must not leave before the others
+        leaving.set()
+        listener.join()
+        processes.leave()
     except BaseException as error:
         processes.fail(error)
         raise

@@ -31,8 +31,6 @@ with launched() as processes:
     assert processes.told(processes.rank == 0)
     processes.agree("the scores", "same")
     print("main" if processes.main else "other", processes.device)
-assert not dist.is_initialized()
-with launched() as processes:
     processes.agree("the plan", f"plan-{processes.rank}")
 """
     ended = together(HEAD + code, count=3)
