@@ -1,13 +1,14 @@
-"""Quality against cost on the MiniLM movie classifier: seeds x budgets, with and without what
-recovers it.
+"""Quality against cost on the MiniLM movie classifier: seeds x budgets x criteria, without training
+and after distillation.
 
     python scripts/fetch_quickstart.py && python benchmarks/quality.py
 
 prints, for every budget of the encoder's MACs, the points of test accuracy lost against the dense
-model: after removal alone, after compensation, and after distillation for the budgets in --distill;
-mean and spread over the seeds. Random and magnitude stand beside the chosen criterion: what does
-not beat them is not worth its time. Every seed fine-tunes its own dense classifier once and keeps
-it in runs/benchmark-quality/, so that a second call starts from there.
+model: after removal alone, after compensation, and by the first criterion also after distillation
+at the budgets in --distill; mean and spread over the seeds. It draws the curve after compensation.
+Random and magnitude stand beside the others: what does not beat them is not worth its time. Every
+seed fine-tunes its own dense classifier once. All that is measured stays in
+runs/benchmark-quality/: a second call goes on where the first one stopped.
 """
 
 from __future__ import annotations
@@ -16,97 +17,163 @@ import argparse
 import dataclasses
 import json
 import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
+import hfprune
+from hfprune.data import Batches
 from hfprune.evaluation.evaluate import evaluate_classification
-from hfprune.pipeline import run
+from hfprune.pipeline import calibration_batches, evaluation_batches, run
+from hfprune.publishing.figures import draw_curve
+from hfprune.publishing.report import CurvePoint
 from hfprune.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "benchmark-quality"
 
+Key = tuple[str, str, float]  # criterion, stage, budget
+
 
 def main() -> None:
-    """Run what is asked for and print the table."""
+    """Run what is asked for, print the table and draw the curve."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.7, 0.5, 0.35, 0.25])
     parser.add_argument("--distill", type=float, nargs="*", default=[0.5, 0.25])
-    parser.add_argument("--criteria", nargs="+", default=["fisher", "magnitude", "random"])
-    parser.add_argument("--losses", nargs="+", default=["labels", "logits"])
+    parser.add_argument(
+        "--criteria", nargs="+", default=["reconstruction", "fisher", "magnitude", "random"]
+    )
+    parser.add_argument("--loss", default="labels", choices=["labels", "sampled", "logits"])
     arguments = parser.parse_args()
-    lost: dict[tuple[float, str], list[float]] = {}
-    for seed in arguments.seeds:
+    seeds = [Seed(seed, arguments.loss) for seed in arguments.seeds]
+    accuracy: dict[Key, list[float]] = {}
+    for criterion in arguments.criteria:
         for budget in arguments.budgets:
-            for loss, criterion in ways(arguments.losses, arguments.criteria):
-                first = (loss, criterion) == (arguments.losses[0], arguments.criteria[0])
-                distill = first and budget in arguments.distill
-                name = f"{criterion} of {loss}" if criterion == "fisher" else criterion
-                for stage, points in one(seed, budget, loss, criterion, distill).items():
-                    lost.setdefault((budget, f"{name}, {stage}"), []).append(points)
-    show(lost, len(arguments.seeds))
+            for seed in seeds:
+                for stage, value in seed.untrained(criterion, budget):
+                    accuracy.setdefault((criterion, stage, budget), []).append(value)
+    for budget in arguments.distill:
+        for seed in seeds:
+            key = (arguments.criteria[0], "distilled", budget)
+            accuracy.setdefault(key, []).append(seed.distilled(arguments.criteria[0], budget))
+    dense = [seed.dense_accuracy for seed in seeds]
+    show(accuracy, dense)
+    figure = RUNS / f"quality-{arguments.loss}.png"
+    draw_curve(points(accuracy, dense), figure)
+    print(f"The curve is in {figure.relative_to(ROOT)}.")
 
 
-def ways(losses: list[str], criteria: list[str]) -> list[tuple[str, str]]:
-    """Every criterion, and for those that read gradients every loss."""
-    blind = {"magnitude", "random"}
-    return [(o, c) for c in criteria for o in (losses[:1] if c in blind else losses)]
+@dataclass
+class Seed:
+    """One seed's dense classifier, and the accuracy in percent of what is made of it."""
+
+    seed: int
+    loss: str
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        base = Recipe.load(ROOT / "recipes" / "minilm" / "movie.yaml")
+        score = dataclasses.replace(base.score, loss=self.loss)
+        output = str(RUNS / f"seed-{self.seed}")
+        return dataclasses.replace(base, output=output, seed=self.seed, score=score)
+
+    @cached_property
+    def dense(self) -> PreTrainedModel:
+        run(self.recipe, until="dense")
+        return hfprune.from_pretrained(Path(self.recipe.output) / "dense")
+
+    @cached_property
+    def calibration(self) -> list[dict]:
+        return calibration_batches(self.recipe)
+
+    @cached_property
+    def test(self) -> Batches:
+        return evaluation_batches(self.recipe)
+
+    @cached_property
+    def scores(self) -> hfprune.Scores:
+        return hfprune.score(self.dense, self.calibration, loss=self.loss, seed=self.seed)
+
+    @property
+    def dense_accuracy(self) -> float:
+        return self._kept("dense", lambda: {"dense": self._judge(self.dense)})["dense"]
+
+    def untrained(self, criterion: str, budget: float) -> Iterator[tuple[str, float]]:
+        """After removal, and after compensation."""
+
+        def measure() -> dict[str, float]:
+            plan = hfprune.plan(self.dense, self.scores, f"macs={budget}", criterion)
+            smaller = hfprune.remove(self.dense, plan)
+            removed = self._judge(smaller)
+            hfprune.compensate(self.dense, smaller, self.calibration, plan.keep)
+            return {"removed": removed, "compensated": self._judge(smaller)}
+
+        yield from self._kept(f"{criterion}-{budget:.0%}", measure).items()
+
+    def distilled(self, criterion: str, budget: float) -> float:
+        """After the recipe's distillation, too."""
+
+        def measure() -> dict[str, float]:
+            prune = dataclasses.replace(
+                self.recipe.prune, budget=f"macs={budget:.0%}", criterion=criterion
+            )
+            recipe = dataclasses.replace(self.recipe, prune=prune)
+            run(recipe, until="result")
+            folder = Path(recipe.output) / "distilled"
+            return {"distilled": self._judge(hfprune.from_pretrained(folder))}
+
+        return self._kept(f"{criterion}-{budget:.0%}-distilled", measure)["distilled"]
+
+    def _judge(self, model: PreTrainedModel) -> float:
+        return 100 * evaluate_classification(model, self.test).value
+
+    def _kept(self, name: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        file = RUNS / f"seed-{self.seed}-{self.loss}-{name}.json"
+        if not file.is_file():
+            measured = measure()
+            file.write_text(json.dumps(measured) + "\n")
+            print(f"seed {self.seed}, {name}: {measured}", flush=True)
+        return dict(json.loads(file.read_text()))
 
 
-def one(seed: int, budget: float, loss: str, criterion: str, distill: bool) -> dict[str, float]:
-    """Points of test accuracy lost at each stage of one run, kept in a JSON file beside it."""
-    base = Recipe.load(ROOT / "recipes" / "minilm" / "movie.yaml")
-    recipe = dataclasses.replace(
-        base,
-        output=str(RUNS / f"seed-{seed}"),
-        seed=seed,
-        score=dataclasses.replace(base.score, loss=loss),
-        prune=dataclasses.replace(base.prune, budget=f"macs={budget:.0%}", criterion=criterion),
-        distill=base.distill if distill else None,
-    )
-    ending = "-distilled" if distill else ""
-    kept = RUNS / f"seed-{seed}-{criterion}-{loss}-{budget:.0%}{ending}.json"
-    if not kept.is_file():
-        last = "distilled" if distill else "compensated"
-        stages = ["dense", "pruned", "compensated"] + (["distilled"] if distill else [])
-        quality = judge(recipe, stages, last)
-        kept.write_text(json.dumps({s: 100 * (quality["dense"] - quality[s]) for s in stages[1:]}))
-    return dict(json.loads(kept.read_text()))
-
-
-def judge(recipe: Recipe, stages: list[str], last: str) -> dict[str, float]:
-    """Test accuracy of every stage of a run."""
-    from hfprune.data import Batches
-    from hfprune.pipeline import evaluation_batches
-    from hfprune.structure.checkpoint import from_pretrained
-
-    run(recipe, until=last)
-    batches: Batches = evaluation_batches(recipe)
-    folder = Path(recipe.output)
-    return {
-        stage: evaluate_classification(from_pretrained(folder / stage), batches).value
-        for stage in stages
-    }
-
-
-def show(lost: dict[tuple[float, str], list[float]], seeds: int) -> None:
+def show(accuracy: dict[Key, list[float]], dense: list[float]) -> None:
     """Print the table: budgets in rows, criteria and stages in columns."""
-    budgets = sorted({budget for budget, _ in lost}, reverse=True)
-    columns = list(dict.fromkeys(column for _, column in lost))
-    table = Table(
-        "MACs kept", *columns, title=f"Points of accuracy lost, mean ± spread of {seeds} seeds"
+    columns = list(dict.fromkeys((criterion, stage) for criterion, stage, _ in accuracy))
+    title = (
+        f"Points of test accuracy lost, mean ± spread of {len(dense)} seeds; dense"
+        f" {_mean_and_spread(dense)} %"
     )
-    for budget in budgets:
+    table = Table("MACs kept", *(f"{c}, {s}" for c, s in columns), title=title)
+    for budget in sorted({budget for *_, budget in accuracy}, reverse=True):
         cells = []
-        for column in columns:
-            values = lost.get((budget, column), [])
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.mean(values):.1f} ± {spread:.1f}" if values else "")
+        for criterion, stage in columns:
+            values = accuracy.get((criterion, stage, budget), [])
+            lost = [d - v for d, v in zip(dense, values, strict=False)]
+            cells.append(_mean_and_spread(lost) if lost else "")
         table.add_row(f"{budget:.0%}", *cells)
     Console().print(table)
+
+
+def points(accuracy: dict[Key, list[float]], dense: list[float]) -> list[CurvePoint]:
+    """Accuracy after compensation by every criterion, barred from the worst seed to the best."""
+    made = [CurvePoint(1.0, statistics.mean(dense), min(dense), max(dense), "dense")]
+    made += [
+        CurvePoint(budget, statistics.mean(values), min(values), max(values), criterion)
+        for (criterion, stage, budget), values in accuracy.items()
+        if stage == "compensated"
+    ]
+    return made
+
+
+def _mean_and_spread(values: list[float]) -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.1f} ± {spread:.1f}"
 
 
 if __name__ == "__main__":

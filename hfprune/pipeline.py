@@ -77,6 +77,11 @@ def evaluation_batches(recipe: Recipe) -> Batches:
     return Batches(steps.splits["test"], steps.tokenizer, recipe.score.batch_size)
 
 
+def calibration_batches(recipe: Recipe) -> list[dict[str, torch.Tensor]]:
+    """The batches that a run of the recipe scores and compensates on."""
+    return Steps(recipe, print, Processes()).calibration
+
+
 class _Run:
     """The bookkeeping of one run: which steps are done, under which key, and by whom."""
 
