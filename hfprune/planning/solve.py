@@ -27,7 +27,11 @@ from hfprune.planning.resources import Meter, meter
 from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.cost import Selection
 
-_TINY = 1e-12
+_REWARDS = (1e-12, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e3)
+"""What using all of the room is worth, relative to all importance: of equally important choices the
+dearest. Where units are coarse the most important set may stay far below the limit; then room is
+worth more, as little as fills it, and in the end more than any importance.
+"""
 
 
 def plan(
@@ -189,7 +193,12 @@ def solve(
     choice = Choice([own.largest for own in offers], 0.0, [0.0] * len(meters))
     if (account.spent(_left(anatomy, keep, offers, choice)) > account.limits).any():
         account.check_reachable(offers, constraints)
-        choice = _choose(offers, together, account.limits - account.fixed, total)
+        room, kept_blocks = account.limits - account.fixed, keep
+        for reward in _REWARDS:
+            choice = _choose(offers, together, room, reward * total)
+            keep = _left(anatomy, kept_blocks, offers, choice)
+            if account.is_met(account.spent(keep), constraints.tolerance):
+                break
     keep = _left(anatomy, keep, offers, choice)
     spent, prices = account.spent(keep), np.array(choice.prices)
     account.check_met(spent, constraints.tolerance)
@@ -229,14 +238,14 @@ def _left(
 
 
 def _choose(
-    offers: Sequence[Offer], together: Sequence[Sequence[int]], room: Ints, total: float
+    offers: Sequence[Offer], together: Sequence[Sequence[int]], room: Ints, reward: float
 ) -> Choice:
-    """The option of each offer, the same of those together; of equally important ones the dearest,
-    so that no room is left.
+    """The option of each offer, the same of those together; using all of the room is worth the
+    reward, in importance.
     """
     costs = [np.sum([offers[n].cost for n in numbers], axis=0) for numbers in together]
     losses = [np.sum([offers[n].loss for n in numbers], axis=0) for numbers in together]
-    unit = _TINY * total / np.maximum(np.abs(room), 1) / len(room)
+    unit = reward / np.maximum(np.abs(room), 1) / len(room)
     losses = [
         loss + (cost.max(axis=0) - cost) @ unit for cost, loss in zip(costs, losses, strict=True)
     ]
@@ -294,13 +303,17 @@ class _Account:
                 f" the least is {self._asked_for(least, least > self.limits)}."
             )
 
+    def is_met(self, spent: Ints, tolerance: float) -> bool:
+        """Whether what is spent comes near one limit at least."""
+        return bool((spent >= self.limits * (1 - tolerance)).any())
+
     def check_met(self, spent: Ints, tolerance: float) -> None:
         """Refuse to stay far below every limit.
 
         Raises:
             BudgetError: names the nearest below.
         """
-        if (spent >= self.limits * (1 - tolerance)).any():
+        if self.is_met(spent, tolerance):
             return
         if (spent >= self.dense).all():
             raise BudgetError(

@@ -670,3 +670,19 @@ def test_a_uniform_plan_of_fewer_experts_makes_a_stock_model(tmp_path):
     assert type(plain) is type(smaller) is type(model)
     inputs = tiny.batch(model)
     assert tiny.outputs(plain, inputs).equal(tiny.outputs(smaller, inputs))
+
+
+def test_coarse_units_use_their_room_if_importance_alone_would_not():
+    """One group holds all the importance; the other, coarse one alone comes near the limit."""
+    model = tiny.model("bert")
+    importance = {g.name: torch.zeros(g.units, dtype=torch.float64) for g in Anatomy.of(model)}
+    first = next(iter(importance))
+    importance[first] += 1.0
+    anatomy = Anatomy.of(model)
+    scores = Scores({"reconstruction": importance}, anatomy.fingerprint, 4, float(TOKENS), {})
+    for group in anatomy:  # a little negative worth: importance alone would keep the least
+        if group.name != first:
+            importance[group.name] -= 1e-6
+    made = plan(model, scores, "params=60%")
+    assert 0.59 < made.params_share <= 0.6
+    assert len(made.keep[first]) == len(importance[first])
