@@ -110,6 +110,8 @@ class _Run:
         transformers.set_seed(self.recipe.seed)
         if self.recipe.measure.threads:
             torch.set_num_threads(self.recipe.measure.threads)
+        if self.processes.count > 1:
+            self.say(f"{self.processes.count} processes do it together.")
         key = ""
         steps = self.steps.listed()
         last = None if until is None else self._last(until, steps)

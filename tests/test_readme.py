@@ -45,9 +45,10 @@ def test_its_commands_and_files_exist():
     commands = set(get_command(app).commands)
     typed = [line.split("#")[0].split() for block in blocks("bash") for line in block.splitlines()]
     for words in filter(None, typed):
-        assert words[1] in commands if words[0] == "hfprune" else (ROOT / words[0]).is_file()
-        for word in words[1:]:
-            if word.startswith("recipes/"):
+        if words[0] == "hfprune":
+            assert words[1] in commands
+        for word in words:
+            if word.startswith(("recipes/", "scripts/", "./scripts/")):
                 assert (ROOT / word).is_file(), word
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert link.startswith("http") or (ROOT / link).is_file(), link

@@ -56,7 +56,7 @@ def test_accelerate_reads_its_files(path):
     known = {field.name for field in dataclasses.fields(config)}
     assert set(yaml.safe_load(path.read_text())) <= known
     assert config.num_processes % config.num_machines == 0
-    assert (config.distributed_type == "MULTI_CPU") == config.use_cpu
+    assert config.distributed_type == "MULTI_GPU"  # the only kind that starts plain processes
     assert f"recipes/accelerate/{path.name}" in (ROOT / "docs" / "accelerate.md").read_text()
 
 
@@ -84,13 +84,14 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert status == 0, err
     options = ["--config_file", ROOT / "recipes" / "accelerate" / "cpu.yaml"]
     both = launch("distill.py", tmp_path / "1.yaml", options=options)
+    assert "2 processes do it together." in both
     assert both.count("Planning ...") == 1, "one process tells"
     scores = [Scores.load(at(recipe, "scores")) for recipe in (one, two)]
     assert (scores[0].examples, scores[0].tokens) == (scores[1].examples, scores[1].tokens)
     for criterion, groups in scores[0].importance.items():
         for name, values in groups.items():
             other = scores[1].by(criterion)[name]
-            torch.testing.assert_close(other, values, rtol=1e-5, atol=1e-9)
+            torch.testing.assert_close(other, values, rtol=1e-4, atol=1e-9)
     plans = [PruningPlan.load(at(recipe, "plan.json")) for recipe in (one, two)]
     assert plans[0].keep == plans[1].keep
     assert losses(both) == pytest.approx(losses(said), rel=1e-4) and losses(said)

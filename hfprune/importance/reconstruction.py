@@ -30,7 +30,7 @@ _STEPS = 100
 
 @dataclass
 class Moments:
-    """Second moments at one outlet, float32 sums over calibration tokens.
+    """Second moments at one outlet, float64 sums over calibration tokens.
 
     Attributes:
         inputs: (columns + 1, columns + 1) of the inputs and a constant one, each token weighted by
@@ -88,7 +88,7 @@ class MomentSums:
         weight = (weight + mean * real) / 2
         x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1).flatten(0, 1)
         g = g.flatten(0, 1)
-        found = Moments((x * weight.flatten()[:, None]).T @ x, g.T @ g)
+        found = Moments(((x * weight.flatten()[:, None]).T @ x).double(), (g.T @ g).double())
         if group.name in self.moments:
             self.moments[group.name].inputs += found.inputs
             self.moments[group.name].gradients += found.gradients
@@ -101,8 +101,8 @@ class MomentSums:
         """
         for group, columns, outputs in groups:
             empty = Moments(
-                torch.zeros(columns + 1, columns + 1, device=device),
-                torch.zeros(outputs, outputs, device=device),
+                torch.zeros(columns + 1, columns + 1, dtype=torch.float64, device=device),
+                torch.zeros(outputs, outputs, dtype=torch.float64, device=device),
             )
             moments = self.moments.setdefault(group.name, empty)
             dist.all_reduce(moments.inputs)
@@ -118,11 +118,11 @@ def removal_errors(joint: Joint) -> torch.Tensor:
     moments, units = joint.moments, joint.units
     weight = joint.weight.to(moments.inputs.device, torch.float64)
     importance = weight.new_zeros(units)
-    trace = moments.gradients.double().trace()
+    trace = moments.gradients.trace()
     if not units or not trace:
         return importance
-    inverse = _damped_inverse(moments.inputs.double(), joint.bias)
-    seen, directions = torch.linalg.eigh(moments.gradients.double() / trace)
+    inverse = _damped_inverse(moments.inputs, joint.bias)
+    seen, directions = torch.linalg.eigh(moments.gradients / trace)
     rows = weight @ (directions * seen.clamp(min=0).sqrt())
     width = len(weight) // units
     left = torch.arange(units, device=weight.device)
@@ -131,7 +131,7 @@ def removal_errors(joint: Joint) -> torch.Tensor:
         pieces = rows.unflatten(0, (-1, width))  # (units left, width, outputs)
         inside = inverse.unflatten(0, (-1, width)).unflatten(2, (-1, width))
         own = inside.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (units left, width, width)
-        errors = (pieces * torch.linalg.solve(own, pieces)).sum(dim=(1, 2))
+        errors = (pieces * (torch.linalg.inv(own) @ pieces)).sum(dim=(1, 2))
         going = errors.argsort(stable=True)[: max(1, units // _STEPS)]
         stay = torch.ones_like(left, dtype=torch.bool).index_fill(0, going, False)
         gone = (going[:, None] * width + torch.arange(width, device=going.device)).flatten()
