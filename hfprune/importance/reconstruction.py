@@ -131,20 +131,22 @@ def removal_errors(joint: Joint) -> torch.Tensor:
         pieces = rows.unflatten(0, (-1, width))  # (units left, width, outputs)
         inside = inverse.unflatten(0, (-1, width)).unflatten(2, (-1, width))
         own = inside.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (units left, width, width)
-        errors = (pieces * (torch.linalg.inv(own) @ pieces)).sum(dim=(1, 2))
+        # Of single numbers a batched factorization takes as long as all the rest.
+        solved = pieces / own if width == 1 else torch.linalg.solve(own, pieces)
+        errors = (pieces * solved).sum(dim=(1, 2))
         going = errors.argsort(stable=True)[: max(1, units // _STEPS)]
         stay = torch.ones_like(left, dtype=torch.bool).index_fill(0, going, False)
         gone = (going[:, None] * width + torch.arange(width, device=going.device)).flatten()
         kept = stay.repeat_interleave(width).nonzero().flatten()
         # A Cholesky factor takes the units of a step one after another.
-        factor = torch.linalg.cholesky(inverse[gone][:, gone])
+        factor = torch.linalg.cholesky(inverse[gone[:, None], gone])
         added = torch.linalg.solve_triangular(factor, rows[gone], upper=False)
         steps = added.square().sum(dim=1).unflatten(0, (-1, width)).sum(dim=1)
         steps = torch.maximum(steps.cummax(dim=0).values, most)
         importance[left[going]], most = steps, steps[-1]
-        shares = torch.cholesky_solve(inverse[gone][:, kept], factor)
+        shares = torch.cholesky_solve(inverse[gone[:, None], kept], factor)
         rows = rows[kept] - shares.T @ rows[gone]
-        inverse = inverse[kept][:, kept] - inverse[kept][:, gone] @ shares
+        inverse = inverse[kept[:, None], kept] - inverse[kept[:, None], gone] @ shares
         left = left[stay]
     return importance
 
