@@ -164,12 +164,15 @@ class Measure:
         lengths: tokens per example at which it is measured besides, at every batch size.
         repeats: timed runs of each model, interleaved.
         threads: CPU threads; 0 leaves torch's default.
+        curve: budgets at which plans by the recipe's criterion, by magnitude and at random are
+            judged on the test split, before any recovery, for the report's curve.
     """
 
     batch_sizes: tuple[int, ...] = (1, 32)
     lengths: tuple[int, ...] = ()
     repeats: int = 30
     threads: int = 0
+    curve: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -249,6 +252,8 @@ class Recipe:
             raise RecipeError("prune.budget must hold one budget at least.")
         for before, after in itertools.pairwise(rounds):
             _check_falls(before, after)
+        for budget in self.measure.curve:
+            Budget.parse(budget)
         criterion_named(self.prune.criterion)
         for name, value in self._numbers():
             setting = name.rpartition(".")[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -29,7 +29,7 @@ from hfprune.importance.scoring import Scores, score
 from hfprune.planning.plan import PruningPlan
 from hfprune.planning.solve import Constraints, plan
 from hfprune.processes import Processes
-from hfprune.pruning import remove
+from hfprune.pruning import preview, remove
 from hfprune.publishing.figures import draw_kept, kept_as_text
 from hfprune.publishing.page import write_page
 from hfprune.publishing.reload import WAYS, reload_and_compare
@@ -382,12 +382,7 @@ class Steps:
         """Quality and cost of every variant, side by side."""
         start = time.perf_counter()
         models = {name: self.model(name) for name in self.variants}
-        classify = self.recipe.task == "text-classification"
-        test = Batches(self.splits["test"], self.tokenizer, self.recipe.score.batch_size)
-        quality: dict[str, Quality] = {}
-        for name, model in models.items():
-            judge = evaluate_classification if classify else evaluate_perplexity
-            quality[name] = judge(model, test, seed=self.recipe.seed)
+        quality = {name: self._judge(model) for name, model in models.items()}
         sizes = self.recipe.measure.batch_sizes
         sample = self.splits["test"].shuffle(seed=self.recipe.seed)
         timed = {size: Batches(sample, self.tokenizer, size, size)[0] for size in sizes}
@@ -430,18 +425,43 @@ class Steps:
         )
         path.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
 
+    def _judge(self, model: PreTrainedModel) -> Quality:
+        """The quality of a model on the test split."""
+        classify = self.recipe.task == "text-classification"
+        judge = evaluate_classification if classify else evaluate_perplexity
+        test = Batches(self.splits["test"], self.tokenizer, self.recipe.score.batch_size)
+        return judge(model, test, seed=self.recipe.seed)
+
     def _curve(self, quality: Mapping[str, Quality]) -> tuple[CurvePoint, ...]:
-        """Quality after every round, over the share of the MACs that stays; none for one round."""
-        if len(self.rounds) == 1:
-            return ()
-        criterion = self.recipe.prune.criterion
-        found = [("dense", 1.0, quality["dense"])]
-        found += [
-            (criterion, self.plan_of(r).macs_share, quality[r.path(r.result)]) for r in self.rounds
-        ]
+        """Quality over the share of the MACs that stays: after every round, where there are
+        several, and of the plans that the recipe asks to compare.
+        """
+        found: list[tuple[str, float, Quality]] = []
+        if len(self.rounds) > 1:
+            found += [
+                ("recovered", self.plan_of(r).macs_share, quality[r.path(r.result)])
+                for r in self.rounds
+            ]
+        found += self._compared()
+        if found:
+            found.insert(0, ("dense", 1.0, quality["dense"]))
         return tuple(
             CurvePoint(share, q.value, q.low, q.high, series) for series, share, q in found
         )
+
+    def _compared(self) -> Iterator[tuple[str, float, Quality]]:
+        """Criterion, share of the MACs and quality of each plan of `measure.curve`, by closed gates
+        and before any recovery.
+        """
+        if not self.recipe.measure.curve:
+            return
+        dense, scores = self.model("dense"), self.scores
+        criteria = dict.fromkeys((self.recipe.prune.criterion, "magnitude", "random"))
+        for criterion in criteria:
+            for budget in self.recipe.measure.curve:
+                made = plan(dense, scores, budget, criterion, self.constraints)
+                with preview(dense, made):
+                    yield criterion, made.macs_share, self._judge(dense)
 
     def make_page(self, path: Path) -> None:
         """The report as a page, with its pictures beside it."""

@@ -20,7 +20,9 @@ from test_data import sentences, tiny_tokenizer, write
 import hfprune
 from hfprune import pipeline, steps
 from hfprune.errors import DataError, HfpruneError, RecipeError
+from hfprune.evaluation.evaluate import evaluate_classification
 from hfprune.importance.scoring import Scores
+from hfprune.pipeline import evaluation_batches
 from hfprune.planning.plan import PruningPlan
 from hfprune.publishing.report import Report
 from hfprune.publishing.units import Pruning
@@ -117,6 +119,21 @@ def test_a_run_leaves_every_artefact(finished):
     scores = Scores.load(at(recipe, "scores"))
     assert {"fisher", "magnitude", "random"} <= scores.importance.keys()
     assert scores.examples == 24
+
+
+def test_criteria_are_compared_at_the_budgets_of_the_curve(copied):
+    recipe = changed(copied, "measure", curve=("macs=80%", "macs=50%"))
+    points = hfprune.run(recipe, say=str).curve
+    series = [point.series for point in points]
+    assert series == ["dense", *(["reconstruction"] * 2), *(["magnitude"] * 2), *(["random"] * 2)]
+    dense, scores = hfprune.from_pretrained(at(recipe, "dense")), Scores.load(at(recipe, "scores"))
+    test = evaluation_batches(recipe)
+    for point in points[1:]:
+        budget = f"macs={0.8 if point.budget > 0.6 else 0.5}"
+        smaller = hfprune.remove(dense, hfprune.plan(dense, scores, budget, point.series))
+        assert evaluate_classification(smaller, test).value == point.mean
+        assert point.low <= point.mean <= point.high
+    assert "curve.svg" in {p.name for p in at(recipe, "figures").iterdir()}
 
 
 def test_every_variant_is_a_model_with_its_tokenizer(finished):

@@ -294,7 +294,8 @@ def _of_curve(report: Report) -> Picture:
     return Picture(
         "curve",
         title,
-        "What stays of the quality at each budget. Bars and the band are 95 % intervals.",
+        "What stays of the quality at each budget: of criteria before any recovery, of rounds after"
+        " it. Bars and the band are 95 % intervals.",
         f"{unit_of(metric)} over {_COST}. {listed}.",
         _single(title, 3.4, lambda axes: draw_points(axes, points, unit_of(metric), _COST)),
     )
