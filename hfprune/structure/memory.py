@@ -70,7 +70,7 @@ class Memory:
                 for attention in stacks[block.stack].whole
             )
             for block in anatomy.stacks
-            if stacks[block.stack].whole
+            if stacks[block.stack].whole and lengths
         }
         return Memory(anatomy, sizes.pop(), cached, whole)
 
@@ -112,7 +112,8 @@ def _cached_lengths(model: PreTrainedModel, tokens: int) -> list[int]:
     config = model.config
     # A family of encoders decodes only where its config says so.
     decodes = config.is_encoder_decoder or getattr(config, "is_decoder", False)
-    decodes = decodes or config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    encoders = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}  # which has no mask token
+    decodes = decodes or config.model_type not in encoders
     if not (model.can_generate() and decodes):
         return []
     windows = [getattr(own, "sliding_window", None) for own in DynamicCache(config=config).layers]

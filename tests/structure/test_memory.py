@@ -19,7 +19,7 @@ SOME = ("bert", "clip", "gemma3_text", "gpt2", "llama", "mixtral", "olmo2", "t5"
 def cached(model, inputs):
     """Bytes of the keys and values that a forward pass leaves in the cache."""
     cache = model(**inputs, use_cache=True).past_key_values
-    both = [cache]
+    both = [] if cache is None else [cache]
     if isinstance(cache, EncoderDecoderCache):
         both = [cache.self_attention_cache, cache.cross_attention_cache]
     tensors = [t for c in both for layer in c.layers if layer.is_initialized
