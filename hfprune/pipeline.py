@@ -27,6 +27,7 @@ import yaml
 
 from hfprune.data import Batches
 from hfprune.errors import HfpruneError, RecipeError, unknown
+from hfprune.files import write_whole
 from hfprune.processes import Processes, launched
 from hfprune.publishing.report import Report
 from hfprune.recipe import SPLITS, Recipe
@@ -199,9 +200,7 @@ class _Run:
             self._write_done(done)
 
     def _write_done(self, done: dict[str, Any]) -> None:
-        temporary = self.folder / f"{DONE}.tmp"
-        temporary.write_text(json.dumps(done, indent=2) + "\n")
-        temporary.replace(self.folder / DONE)
+        write_whole(self.folder / DONE, json.dumps(done, indent=2) + "\n")
 
 
 def _unwritable(error: Exception) -> str | None:

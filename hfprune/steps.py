@@ -394,7 +394,8 @@ class Steps:
             repeats=self.recipe.measure.repeats,
             threads=self.recipe.measure.threads or None,
         )
-        tokens = self.plan.tokens
+        plan, scores = self.plan, self.scores
+        tokens = plan.tokens
         one = {"input_ids": torch.full((1, tokens), self.tokenizer.pad_token_id or 0)}
         one["attention_mask"] = torch.ones_like(one["input_ids"])
         seconds = {name: entry["seconds"] for name, entry in steps_done(self.folder).items()}
@@ -419,9 +420,9 @@ class Steps:
             tokens=tokens,
             machine=machine(),
             seconds=seconds | {"report.json": round(time.perf_counter() - start, 1)},
-            pruning=Pruning.of(self.plan, self.scores),
+            pruning=Pruning.of(plan, scores),
             recipe=self.recipe.to_dict(),
-            curve=self._curve(quality),
+            curve=self._curve(quality, models["dense"], scores),
         )
         path.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
 
@@ -432,7 +433,9 @@ class Steps:
         test = Batches(self.splits["test"], self.tokenizer, self.recipe.score.batch_size)
         return judge(model, test, seed=self.recipe.seed)
 
-    def _curve(self, quality: Mapping[str, Quality]) -> tuple[CurvePoint, ...]:
+    def _curve(
+        self, quality: Mapping[str, Quality], dense: PreTrainedModel, scores: Scores
+    ) -> tuple[CurvePoint, ...]:
         """Quality over the share of the MACs that stays: after every round, where there are
         several, and of the plans that the recipe asks to compare.
         """
@@ -442,20 +445,19 @@ class Steps:
                 ("recovered", self.plan_of(r).macs_share, quality[r.path(r.result)])
                 for r in self.rounds
             ]
-        found += self._compared()
+        found += self._compared(dense, scores)
         if found:
             found.insert(0, ("dense", 1.0, quality["dense"]))
         return tuple(
             CurvePoint(share, q.value, q.low, q.high, series) for series, share, q in found
         )
 
-    def _compared(self) -> Iterator[tuple[str, float, Quality]]:
+    def _compared(
+        self, dense: PreTrainedModel, scores: Scores
+    ) -> Iterator[tuple[str, float, Quality]]:
         """Criterion, share of the MACs and quality of each plan of `measure.curve`, by closed gates
         and before any recovery.
         """
-        if not self.recipe.measure.curve:
-            return
-        dense, scores = self.model("dense"), self.scores
         criteria = dict.fromkeys((self.recipe.prune.criterion, "magnitude", "random"))
         for criterion in criteria:
             for budget in self.recipe.measure.curve:

@@ -52,6 +52,17 @@ def together(code, count=2, timeout=90):
     return [(p.returncode, *texts) for p, texts in zip(processes, ended, strict=True)]
 
 
+def torchrun(file, *arguments, count=2, timeout=300):
+    """Run a file as the main program of several CPU processes."""
+    options = ["-m", "torch.distributed.run", f"--nproc-per-node={count}", "--standalone"]
+    subprocess.run(
+        [sys.executable, *options, file, *map(str, arguments)],
+        check=True,
+        timeout=timeout,
+        env=environment(ACCELERATE_USE_CPU="true"),
+    )
+
+
 def launch(script, *arguments, options=(), timeout=120):
     """What `accelerate launch` says when it starts a script of this repository."""
     given = ["--main_process_port", free_port(), *options]

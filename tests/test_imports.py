@@ -7,7 +7,7 @@ import hfprune
 
 ROOT = Path(hfprune.__file__).parent
 FLOORS = (
-    {"errors"},
+    {"errors", "files"},
     {"structure"},
     {"importance"},
     {"planning"},

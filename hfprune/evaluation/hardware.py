@@ -6,7 +6,6 @@ import os
 import platform
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,8 +30,10 @@ def machine() -> dict[str, str]:
     import torch
     import transformers
 
+    from hfprune.planning.latency import processor
+
     return {
-        "CPU": _processor(),
+        "CPU": processor(),
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "memory": f"{psutil.virtual_memory().total / 1e9:.0f} GB",
@@ -42,15 +43,6 @@ def machine() -> dict[str, str]:
         "transformers": transformers.__version__,
         "hfprune": version("hfprune"),
     }
-
-
-def _processor() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def energy_per_example(

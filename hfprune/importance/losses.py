@@ -75,7 +75,7 @@ def sampled_loss(model: PreTrainedModel, batch: Batch, seed: int = 0) -> torch.T
         DataError: the model has no task head whose predictions are known.
     """
     outputs = _predictions(model, batch)
-    generators = [_generator(batch, example, seed) for example in range(_size(batch))]
+    generators = [_generator(batch, example, seed) for example in range(examples_in(batch))]
     if "start_logits" in outputs:
         start, end = _wide(outputs["start_logits"]), _wide(outputs["end_logits"])
         return _drawn_cross_entropy(start, generators) + _drawn_cross_entropy(end, generators)
@@ -117,7 +117,7 @@ def logits_loss(model: PreTrainedModel, batch: Batch, seed: int = 0) -> torch.Te
     logits, classes = _wide(logits), logits.shape[-1]
     mask = padding_mask(batch, logits, model.config.is_encoder_decoder)
     directions = torch.zeros_like(logits)
-    for example in range(_size(batch)):
+    for example in range(examples_in(batch)):
         generator = _generator(batch, example, seed)
         real = ... if mask is None else mask[example].bool()
         shape = directions[example][real].shape
@@ -207,16 +207,21 @@ def _wide(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _size(batch: Batch) -> int:
+def examples_in(batch: Batch) -> int:
     """Number of examples in a batch."""
     return len(next(iter(batch.values())))
+
+
+def by_example(batch: Batch, values: torch.Tensor) -> torch.Tensor:
+    """(batch, tokens, features), of values that may have batch and tokens in one dimension."""
+    return values.unflatten(0, (examples_in(batch), -1)) if values.dim() == 2 else values
 
 
 def terms(model: PreTrainedModel, batch: Batch) -> int:
     """How many terms the model's loss is the mean of: examples, or labelled tokens."""
     labels = batch.get("labels")
     if labels is None or not has_token_labels(batch):
-        return _size(batch)
+        return examples_in(batch)
     if shifts_labels(model):
         labels = labels[:, 1:]  # the first token is predicted by nothing
     return int((labels != IGNORED).sum())

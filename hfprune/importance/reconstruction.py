@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from hfprune.importance.losses import Batch, is_decoder, padding_mask
+from hfprune.importance.losses import Batch, by_example, is_decoder, padding_mask
 from hfprune.structure.anatomy import Block, Group
 
 DAMPING = 0.01
@@ -76,9 +76,7 @@ class MomentSums:
         """Add one outlet's input and the gradient of its output, (batch, tokens, features) or
         without a dimension for the batch.
         """
-        if inputs.dim() == 2:
-            examples = len(next(iter(self._batch.values())))
-            inputs, gradient = (t.unflatten(0, (examples, -1)) for t in (inputs, gradient))
+        inputs, gradient = (by_example(self._batch, t) for t in (inputs, gradient))
         wide = torch.promote_types(inputs.dtype, torch.float32)
         x, g = inputs.to(wide), gradient.to(wide)
         weight = g.square().sum(dim=-1)  # (batch, tokens)

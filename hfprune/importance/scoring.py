@@ -41,6 +41,7 @@ from hfprune.importance.gates import (
 from hfprune.importance.losses import (
     Batch,
     Loss,
+    by_example,
     is_decoder,
     is_token_level,
     loss_named,
@@ -272,9 +273,7 @@ class Gathering:
         """Add one group's input and gradient, each (batch, tokens, units x columns), or without a
         dimension for the batch.
         """
-        if activation.dim() == 2:
-            examples = len(next(iter(self._batch.values())))
-            activation, gradient = (t.unflatten(0, (examples, -1)) for t in (activation, gradient))
+        activation, gradient = (by_example(self._batch, t) for t in (activation, gradient))
         # Sums in bf16 would lose small terms.
         wide = torch.promote_types(activation.dtype, torch.float32)
         values = activation.to(wide)

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfprune.errors import HfpruneError, UnsupportedModelError
+from hfprune.files import write_whole
 from hfprune.structure.anatomy import Anatomy, Group
 from hfprune.structure.cost import Selection, group_macs
 from hfprune.structure.surgery import cut
@@ -116,10 +117,7 @@ class LatencyTable:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON, under a temporary name first."""
-        temporary = Path(f"{path}.tmp")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        os.replace(temporary, path)
+        write_whole(path, json.dumps(asdict(self), indent=2) + "\n")
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> LatencyTable:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hfprune.errors import HfpruneError
+from hfprune.files import write_whole
 from hfprune.planning.budget import Budget
 from hfprune.structure.anatomy import Anatomy, Group
 from hfprune.structure.cost import (
@@ -278,10 +279,7 @@ class PruningPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, under a temporary name first."""
-        temporary = Path(f"{path}.tmp")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(self.to_dict()) + "\n")
-        os.replace(temporary, path)
+        write_whole(path, json.dumps(self.to_dict()) + "\n")
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> PruningPlan:

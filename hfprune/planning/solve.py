@@ -180,28 +180,29 @@ def solve(
     It chooses among the units of `within` only, if that is given. See `plan`.
     """
     among = anatomy.everything | dict(within or {})
-    keep = _kept_blocks(anatomy, importance, constraints)
-    stay = {stack.stack: keep.get(stack.name, range(stack.units)) for stack in anatomy.stacks}
+    blocks = _kept_blocks(anatomy, importance, constraints)
+    stay = {stack.stack: blocks.get(stack.name, range(stack.units)) for stack in anatomy.stacks}
     offers = [
         offer(group, importance[group.name], among[group.name], meters, constraints)
         for group in anatomy
         if group.layer in stay[group.stack]
     ]
     together = tied(offers) if constraints.uniform else [[n] for n in range(len(offers))]
-    account = _Account.of(budget, meters, keep, offers)
+    account = _Account.of(budget, meters, blocks, offers)
     total = sum(float(importance[g.name].sum()) for g in anatomy) or 1.0
     choice = Choice([own.largest for own in offers], 0.0, [0.0] * len(meters))
-    if (account.spent(_left(anatomy, keep, offers, choice)) > account.limits).any():
+    keep = _left(anatomy, blocks, offers, choice)
+    spent = account.spent(keep)
+    if (spent > account.limits).any():
         account.check_reachable(offers, constraints)
-        room, kept_blocks = account.limits - account.fixed, keep
         for reward in _REWARDS:
-            choice = _choose(offers, together, room, reward * total)
-            keep = _left(anatomy, kept_blocks, offers, choice)
-            if account.is_met(account.spent(keep), constraints.tolerance):
+            choice = _choose(offers, together, account.limits - account.fixed, reward * total)
+            keep = _left(anatomy, blocks, offers, choice)
+            spent = account.spent(keep)
+            if account.is_met(spent, constraints.tolerance):
                 break
-    keep = _left(anatomy, keep, offers, choice)
-    spent, prices = account.spent(keep), np.array(choice.prices)
     account.check_met(spent, constraints.tolerance)
+    prices = np.array(choice.prices)
     lost, margins = dict.fromkeys(anatomy.everything, 1.0), {}
     for own, option in zip(offers, choice.picks, strict=True):
         whole = max(float(importance[own.group.name].sum()), 1e-300)

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfprune.errors import PublishError
 from hfprune.publishing.parcel import SHIM, Parcel
+from hfprune.publishing.rendering import template
 from hfprune.structure.modeling_hfprune import KEY
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
-    from jinja2 import Template
 
     from hfprune.publishing.report import Report
 
@@ -172,24 +171,11 @@ def _measured(parcel: Parcel) -> Report | None:
     return report if report and report.result.name == parcel.name else None
 
 
-@cache
-def _template() -> Template:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    return Environment(
-        loader=PackageLoader("hfprune.publishing"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,
-    ).get_template("card.md.jinja")
-
-
 def _page(parcel: Parcel, repo_id: str, revision: str | None) -> str:
     """The part of the page that hfprune writes."""
     report = _measured(parcel)
     base = base_of(parcel)
-    text = _template().render(
+    text = template("card.md.jinja").render(
         title=repo_id.split("/")[-1],
         summary=_summary(parcel),
         picture=parcel.picture,

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from hfprune.errors import HfpruneError, PublishError
 from hfprune.publishing.card import base_of
-from hfprune.publishing.parcel import CARD, SHIM, Parcel
+from hfprune.publishing.page import FIGURES
+from hfprune.publishing.parcel import CARD, OURS, Parcel
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 MAIN = "main"
-_OURS = {SHIM, "plan.json", "recipe.yaml", "report.json", "report.md", "report.html", "kept.png"}
 _INHERITED = ("license", "license_name", "license_link", "language", "datasets")
 
 
@@ -244,8 +244,8 @@ def left_over(there: Mapping[str, str], files: Mapping[str, Path | bytes]) -> li
         for path in there
         if path not in files
         and (
-            path in _OURS
-            or path.startswith("figures/")
+            path in OURS
+            or path.startswith(f"{FIGURES}/")
             or path.endswith((".safetensors", ".safetensors.index.json"))
         )
     ]

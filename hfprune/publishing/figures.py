@@ -18,6 +18,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hfprune.files import write_whole
 from hfprune.publishing.panels import (
     GONE,
     INK,
@@ -102,9 +103,7 @@ class Picture:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write NAME.svg and NAME.png into a folder, each under a temporary name first."""
         path = Path(folder, f"{self.name}.svg")
-        temporary = path.with_suffix(".svg.tmp")
-        temporary.write_text(_PROLOG + self.svg, encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, _PROLOG + self.svg)
         save_figure(self.figure, path.with_suffix(".png"))
 
 

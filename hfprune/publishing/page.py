@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from hfprune.files import write_whole
 from hfprune.publishing.figures import THEME, Picture, pictures
+from hfprune.publishing.rendering import template
 from hfprune.publishing.report import Report
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
 
 FIGURES = "figures"
 """The folder of the pictures, beside the page; nothing else is kept in it."""
@@ -36,9 +34,7 @@ def write_page(report: Report, path: str | os.PathLike[str]) -> None:
         picture.save(figures)
     for stale in {p for p in figures.iterdir() if p.stem not in {p.name for p in drawn}}:
         stale.unlink()  # of an earlier report, which had more to draw
-    temporary = page.with_name(f"{page.name}.tmp")
-    temporary.write_text(_html(report, drawn), encoding="utf-8")
-    temporary.replace(page)
+    write_whole(page, _html(report, drawn))
 
 
 def _html(report: Report, drawn: Sequence[Picture]) -> str:
@@ -50,18 +46,14 @@ def _html(report: Report, drawn: Sequence[Picture]) -> str:
         heading: [(p, _themed(p.svg)) for p in drawn if p.name.startswith(names)]
         for heading, names in _SECTIONS.items()
     }
-    return (
-        _environment()
-        .get_template("report.html.jinja")
-        .render(
-            title=f"Pruning {recipe['model']}" if "model" in recipe else "Pruning report",
-            report=report,
-            theme=THEME,
-            header=header,
-            rows=rows,
-            sections=[(heading, found) for heading, found in sections.items() if found],
-            recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else "",
-        )
+    return template("report.html.jinja").render(
+        title=f"Pruning {recipe['model']}" if "model" in recipe else "Pruning report",
+        report=report,
+        theme=THEME,
+        header=header,
+        rows=rows,
+        sections=[(heading, found) for heading, found in sections.items() if found],
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else "",
     )
 
 
@@ -70,15 +62,3 @@ def _themed(svg: str) -> str:
     for name, color in THEME.items():
         svg = svg.replace(color, f"var(--{name})")
     return svg
-
-
-def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    return Environment(
-        loader=PackageLoader("hfprune.publishing"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )

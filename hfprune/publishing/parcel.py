@@ -16,7 +16,9 @@ import yaml
 from transformers import PreTrainedModel
 
 from hfprune.errors import PublishError
+from hfprune.files import write_whole
 from hfprune.planning.plan import PruningPlan
+from hfprune.publishing.page import FIGURES
 from hfprune.publishing.report import Report
 from hfprune.publishing.secrets import refuse_secrets
 from hfprune.structure.modeling_hfprune import KEY
@@ -30,7 +32,10 @@ _MODEL = {".safetensors", ".json", ".jinja", ".txt", ".model", ".spm", ".codes",
 _NOT_MODEL = {RECORD, "trainer_state.json"}
 _BESIDE = ("plan.json", "kept.png")
 _OF_RUN = {"report.json", "report.md", "report.html"}
-_FIGURES = ("figures/*.png", "figures/*.svg")
+_FIGURES = (f"{FIGURES}/*.png", f"{FIGURES}/*.svg")
+OURS = frozenset({SHIM, "recipe.yaml", *_BESIDE, *_OF_RUN})
+"""What is published beside the model and its tokenizer, but for the card and the figures."""
+
 _READABLE = 1_000_000  # text files up to this many bytes are looked through for secrets
 
 
@@ -276,6 +281,4 @@ def record(source: Any, repo_id: str, revision: str, commit: str) -> None:
     with suppress(FileNotFoundError):
         known = json.loads(path.read_text())
     known.setdefault(repo_id, {})[revision] = commit
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(known, indent=2) + "\n")
-    temporary.replace(path)
+    write_whole(path, json.dumps(known, indent=2) + "\n")

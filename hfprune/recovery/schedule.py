@@ -47,10 +47,14 @@ class Schedule:
         first, last = round(self.begin * steps), self.last(steps)
         return step == last or (first < step < last and (step - first) % self.every == 0)
 
+    def progress(self, step: int, steps: int) -> float:
+        """How much of the schedule is over after a step: 0 before it begins, 1 at its end."""
+        first, last = round(self.begin * steps), self.last(steps)
+        return max(0.0, (step - first) / (last - first)) if step < last else 1.0
+
     def at(self, step: int, steps: int, budget: Budget) -> Budget:
         """The budget of the plan made after a step."""
-        first, last = round(self.begin * steps), self.last(steps)
-        progress = (step - first) / (last - first) if step < last else 1.0
+        progress = self.progress(step, steps)
         limits = (
             dataclasses.replace(limit, amount=cubic(progress, 1.0, limit.amount))
             for limit in budget.limits

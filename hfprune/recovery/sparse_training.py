@@ -120,6 +120,5 @@ class GradualSparsity(TrainerCallback):
             self._rise(kwargs["model"], step, state.max_steps)
 
     def _rise(self, model: PreTrainedModel, step: int, steps: int) -> None:
-        first, last = round(self._schedule.begin * steps), self._schedule.last(steps)
-        share = cubic((step - first) / (last - first), 0.0, self._target)
+        share = cubic(self._schedule.progress(step, steps), 0.0, self._target)
         self.sparsity = sparsify(model, share, scope=self._scope)

@@ -1,8 +1,6 @@
 """The distillation losses against hand computation, and training against an explicit loop."""
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -20,7 +18,6 @@ from transformers import (
     LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
-    TrainerCallback,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -28,6 +25,8 @@ from transformers import (
 from hfprune.errors import CheckpointError, DataError, RecipeError
 from hfprune.recovery.distillation import DistillationArguments, DistillationTrainer, distill
 from hfprune.recovery.losses import Divergence, spread_layers
+from tests.launching import torchrun
+from tests.trained import At
 
 VOCABULARY = 40
 CLASSES = 3
@@ -600,17 +599,6 @@ def test_use_cache_is_restored_also_in_checkpoints(tmp_path):
     assert "use_cache" not in (tmp_path / "vit/checkpoint-1/config.json").read_text()
 
 
-class At(TrainerCallback):
-    """Do something to the model when a step has ended."""
-
-    def __init__(self, step, action):
-        self.step, self.action = step, action
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step == self.step:
-            self.action(model)
-
-
 def spoil(model):
     with torch.no_grad():
         model.classifier.weight.fill_(float("nan"))
@@ -917,9 +905,7 @@ def two_process_main(folder):
 def test_two_processes_equal_one(tmp_path):
     by_hand, teacher = pair(llama)
     expected = reference_steps(by_hand, teacher.eval(), examples(llama, 16), steps=2)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    subprocess.run([*launch, __file__, str(tmp_path)], check=True, timeout=300, env=environment)
+    torchrun(__file__, tmp_path)
     found, history = torch.load(tmp_path / "result.pt")
     assert_close(found, weights(by_hand), rtol=1e-4, atol=1e-6)
     keys = ("loss", "loss_task", "loss_logits", "loss_hidden")

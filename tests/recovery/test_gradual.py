@@ -2,8 +2,6 @@
 
 import copy
 import logging
-import os
-import subprocess
 import sys
 import warnings
 
@@ -28,6 +26,8 @@ from hfprune.recovery.gradual import GradualPruning
 from hfprune.recovery.schedule import Schedule, cubic
 from hfprune.structure.anatomy import Anatomy
 from tests import tiny
+from tests.launching import torchrun
+from tests.trained import collate, examples
 
 HEADS = {
     "bert": "AutoModelForSequenceClassification",
@@ -57,21 +57,6 @@ def model_of(family, dtype=torch.float32):
         for parameter in made.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.dim() == 1) * 0.5)
     return made.to(dtype)
-
-
-def examples(family, count=16):
-    generator = torch.Generator().manual_seed(2)
-    rows = []
-    for index in range(count):
-        ids = torch.randint(3, tiny.VOCABULARY, (7,), generator=generator)
-        row = {"input_ids": ids, "attention_mask": torch.ones(7, dtype=torch.long)}
-        row["labels"] = torch.tensor(index % 2) if family == "bert" else ids.clone()
-        rows.append(row)
-    return rows
-
-
-def collate(rows):
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def arguments(folder, cls=TrainingArguments, **changes):
@@ -524,12 +509,7 @@ def run_in_processes(folder, batch_size):
 
 @pytest.mark.slow
 def test_two_processes_make_the_plan_of_one(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    subprocess.run(
-        [*launch, __file__, str(tmp_path / "two")], check=True, timeout=300, env=environment
-    )
+    torchrun(__file__, tmp_path / "two")
     run_in_processes(tmp_path / "one", 4)
     one, two = (hfprune.PruningPlan.load(tmp_path / n / "plan.json") for n in ("one", "two"))
     assert one.keep == two.keep

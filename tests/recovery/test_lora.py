@@ -4,7 +4,6 @@ import sys
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 import hfprune
 from hfprune.errors import RecipeError
@@ -12,6 +11,7 @@ from hfprune.recovery.distillation import DistillationArguments, distill
 from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.surgery import copy_and_cut
 from tests import tiny
+from tests.trained import At, collate, examples
 
 peft = pytest.importorskip("peft")
 
@@ -23,21 +23,6 @@ def pair(family):
     head = "AutoModelForSequenceClassification" if family == "bert" else "AutoModelForCausalLM"
     teacher = tiny.model(family, head)
     return copy_and_cut(teacher, tiny.selection(Anatomy.of(teacher))), teacher
-
-
-def examples(family, count=16):
-    generator = torch.Generator().manual_seed(2)
-    rows = []
-    for index in range(count):
-        ids = torch.randint(3, tiny.VOCABULARY, (7,), generator=generator)
-        row = {"input_ids": ids, "attention_mask": torch.ones(7, dtype=torch.long)}
-        row["labels"] = torch.tensor(index % 2) if family == "bert" else ids.clone()
-        rows.append(row)
-    return rows
-
-
-def collate(rows):
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def run(family, folder, config=None, student=None, callbacks=(), resume=False, judge=None):
@@ -66,15 +51,6 @@ def run(family, folder, config=None, student=None, callbacks=(), resume=False, j
 def logits(model, family):
     with torch.no_grad():
         return model.eval()(**collate(examples(family, 4))).logits
-
-
-class At(TrainerCallback):
-    def __init__(self, step, action):
-        self.step, self.action = step, action
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step == self.step:
-            self.action(model)
 
 
 def same(left, right, **tolerance):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -12,6 +11,7 @@ from transformers import BertForQuestionAnswering
 from hfprune.errors import DataError, RecipeError
 from hfprune.recovery.losses import Counted
 from hfprune.recovery.teacher_cache import ROW, Numbered, TeacherCache, numbered
+from tests.launching import torchrun
 from tests.recovery.test_distillation import (
     VOCABULARY,
     assert_close,
@@ -189,10 +189,7 @@ def two_process_main(folder):
 
 @pytest.mark.slow
 def test_two_processes_share_the_making(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    subprocess.run([*launch, __file__, str(tmp_path)], check=True, timeout=300, env=environment)
+    torchrun(__file__, tmp_path)
     expected, _ = distilled(
         llama, tmp_path / "one", rows=examples(llama, 40), train_sampling_strategy="sequential"
     )
