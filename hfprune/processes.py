@@ -8,10 +8,12 @@ while the group's own collectives hang.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -180,11 +182,15 @@ def launched() -> Iterator[Processes]:
         processes.leave()
     except BaseException as error:
         processes.fail(error)
+        traceback.clear_frames(error.__traceback__)
         raise
     finally:
         leaving.set()
         listener.join()
-        dist.destroy_process_group()  # its threads must not outlive the interpreter
+        # The group's threads must not outlive the interpreter. Nor may a wrapped model outlive the
+        # group: as its last owner it would wait for a thread that waits for the interpreter's lock.
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def _set(flag: str) -> bool:

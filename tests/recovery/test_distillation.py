@@ -25,7 +25,7 @@ from transformers import (
 from hfprune.errors import CheckpointError, DataError, RecipeError
 from hfprune.recovery.distillation import DistillationArguments, DistillationTrainer, distill
 from hfprune.recovery.losses import Divergence, spread_layers
-from tests.launching import torchrun
+from tests.launching import leave, torchrun
 from tests.trained import At
 
 VOCABULARY = 40
@@ -897,8 +897,6 @@ def two_process_main(folder):
     trainer.train()
     if trainer.is_world_process_zero():
         torch.save((weights(student), trainer.state.log_history), f"{folder}/result.pt")
-    # Threads of gloo that still run when the interpreter ends abort the process.
-    trainer.accelerator.end_training()
 
 
 @pytest.mark.slow
@@ -915,3 +913,4 @@ def test_two_processes_equal_one(tmp_path):
 
 if __name__ == "__main__":
     two_process_main(sys.argv[1])
+    leave()

@@ -26,7 +26,7 @@ from hfprune.recovery.gradual import GradualPruning
 from hfprune.recovery.schedule import Schedule, cubic
 from hfprune.structure.anatomy import Anatomy
 from tests import tiny
-from tests.launching import torchrun
+from tests.launching import leave, torchrun
 from tests.trained import collate, examples
 
 HEADS = {
@@ -504,7 +504,6 @@ def run_in_processes(folder, batch_size):
     if trainer.is_world_process_zero():
         callback.plan.save(f"{folder}/plan.json")
         model.save_pretrained(f"{folder}/model")
-    trainer.accelerator.end_training()
 
 
 @pytest.mark.slow
@@ -519,3 +518,4 @@ def test_two_processes_make_the_plan_of_one(tmp_path):
 
 if __name__ == "__main__":
     run_in_processes(sys.argv[1], 2)
+    leave()

@@ -11,7 +11,7 @@ from transformers import BertForQuestionAnswering
 from hfprune.errors import DataError, RecipeError
 from hfprune.recovery.losses import Counted
 from hfprune.recovery.teacher_cache import ROW, Numbered, TeacherCache, numbered
-from tests.launching import torchrun
+from tests.launching import leave, torchrun
 from tests.recovery.test_distillation import (
     VOCABULARY,
     assert_close,
@@ -183,8 +183,6 @@ def two_process_main(folder):
     )  # fmt: skip
     if int(os.environ.get("RANK", "0")) == 0:
         torch.save(found, f"{folder}/found.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -198,3 +196,4 @@ def test_two_processes_share_the_making(tmp_path):
 
 if __name__ == "__main__":
     two_process_main(sys.argv[1])
+    leave()
