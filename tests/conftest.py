@@ -9,10 +9,16 @@ import types
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# A commit is judged by the same examples every time; look for new ones with
+# `scripts/test --hypothesis-profile default`.
+hypothesis.settings.register_profile("same-examples", derandomize=True)
+hypothesis.settings.load_profile("same-examples")
 
 
 TOKEN = "hf_" + "DistinctiveSecret" * 2

@@ -21,7 +21,7 @@ def check_nested(larger, smaller):
         assert set(smaller.keep.get(part.name, whole)) <= set(larger.keep.get(part.name, whole))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     st.sampled_from(sorted(MODELS)),
     st.sampled_from(["macs", "params", "memory"]),

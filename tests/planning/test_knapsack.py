@@ -48,7 +48,7 @@ def knapsacks(draw, resources, alike=False):
     return costs, losses, limits
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(knapsacks(1))
 def test_under_one_limit_it_is_the_best_there_is(problem):
     costs, losses, limits = problem
@@ -58,7 +58,7 @@ def test_under_one_limit_it_is_the_best_there_is(problem):
     assert gap == 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(2, 3).flatmap(lambda n: knapsacks(n, alike=True)))
 def test_under_several_limits_it_is_the_best_of_options_that_are_cheap_by_all_costs(problem):
     costs, losses, limits = problem
@@ -69,7 +69,7 @@ def test_under_several_limits_it_is_the_best_of_options_that_are_cheap_by_all_co
     assert gap <= 1e-6 and min(prices) >= 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(knapsacks(2))
 def test_under_several_limits_what_it_says_holds(problem):
     costs, losses, limits = problem

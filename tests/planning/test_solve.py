@@ -70,7 +70,7 @@ def subsets(group, least):
                 yield units
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     st.sampled_from([1, 2, 4]),
     st.sampled_from(["macs", "params"]),
@@ -207,7 +207,7 @@ def test_of_several_limits_none_is_exceeded_and_one_is_met(budget, family):
     assert kept(made, importance) <= min(kept(one, importance) for one in alone) + 1e-9
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.sampled_from([1, 2]), st.floats(0.4, 0.9), st.floats(0.4, 0.9), st.integers(0, 2**31))
 def test_under_two_limits_it_is_the_best_of_all_selections(heads_per_kv, macs, params, seed):
     anatomy = little_anatomy(heads_per_kv)
@@ -438,7 +438,7 @@ def test_a_uniform_plan_makes_a_stock_model(family, tmp_path):
     assert plain.config.hfprune["lineage"] == [made.summary]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.sampled_from([1, 2, 4]), st.floats(0.4, 0.95), st.integers(0, 2**31))
 def test_a_uniform_plan_is_the_best_of_all_uniform_ones(heads_per_kv, share, seed):
     anatomy = little_anatomy(heads_per_kv)

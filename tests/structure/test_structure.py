@@ -71,9 +71,7 @@ ENTRY = st.fixed_dictionaries(
         ),
     },
 )
-slowly = settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+slowly = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def build(config, structure):
