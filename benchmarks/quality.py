@@ -147,7 +147,7 @@ def show(accuracy: dict[Key, list[float]], dense: list[float]) -> None:
     columns = list(dict.fromkeys((criterion, stage) for criterion, stage, _ in accuracy))
     title = (
         f"Points of test accuracy lost, mean ± spread of {len(dense)} seeds; dense"
-        f" {_mean_and_spread(dense)} %"
+        f" {mean_and_spread(dense)} %"
     )
     table = Table("MACs kept", *(f"{c}, {s}" for c, s in columns), title=title)
     for budget in sorted({budget for *_, budget in accuracy}, reverse=True):
@@ -155,7 +155,7 @@ def show(accuracy: dict[Key, list[float]], dense: list[float]) -> None:
         for criterion, stage in columns:
             values = accuracy.get((criterion, stage, budget), [])
             lost = [d - v for d, v in zip(dense, values, strict=False)]
-            cells.append(_mean_and_spread(lost) if lost else "")
+            cells.append(mean_and_spread(lost) if lost else "")
         table.add_row(f"{budget:.0%}", *cells)
     Console().print(table)
 
@@ -171,9 +171,10 @@ def points(accuracy: dict[Key, list[float]], dense: list[float]) -> list[CurvePo
     return made
 
 
-def _mean_and_spread(values: list[float]) -> str:
+def mean_and_spread(values: list[float], digits: int = 1) -> str:
+    """As in a table: 86.1 ± 0.4."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.1f} ± {spread:.1f}"
+    return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
 
 
 if __name__ == "__main__":
