@@ -34,7 +34,7 @@ def hub(tmp_path, monkeypatch):
     from transformers.utils import hub as transformers_hub
 
     from hfprune.publishing.rehearsal import Hub
-    from hfprune.publishing.rehearsal_api import User
+    from hfprune.publishing.rehearsal_store import User
 
     resolve = "/{repo_id}/resolve/{revision}/{filename}"
     users = {TOKEN: User("me", organisations={"org": "write", "readers": "read"})}

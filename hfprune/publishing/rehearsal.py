@@ -17,7 +17,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from hfprune.publishing.parcel import RECORD
-from hfprune.publishing.rehearsal_api import Answer, Store, User, respond
+from hfprune.publishing.rehearsal_api import HUB
+from hfprune.publishing.rehearsal_routing import Answer
+from hfprune.publishing.rehearsal_store import Store, User
 
 Failure = int | Literal["close", "lose", "cut", "hang"]
 """How a request fails: a status; the connection closes before anything is done; the work is done
@@ -135,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(Answer({"error": "as it was told to fail"}, failure))
             return
         method = "GET" if self.command == "HEAD" else self.command
-        answer = respond(self.hub, method, self.path, self.headers, body)  # type: ignore[arg-type]
+        answer = HUB.respond(self.hub, method, self.path, self.headers, body)  # type: ignore[arg-type]
         if failure == "lose":
             self.close_connection = True
             return

@@ -1,5 +1,5 @@
-"""What the rehearsal's Hub keeps and how it answers: repositories with immutable commits, contents
-named by their hash, and the part of the Hub's HTTP API that models need, without Xet.
+"""How the rehearsal's Hub answers: the part of the Hub's HTTP API that models and collections need,
+without Xet.
 """
 
 from __future__ import annotations
@@ -9,221 +9,31 @@ import hashlib
 import json
 import re
 import secrets
-import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs
 
 import yaml
+
+from hfprune.publishing.rehearsal_routing import Answer, Request, Routes
+from hfprune.publishing.rehearsal_store import (
+    Blob,
+    Collection,
+    Commit,
+    Refusal,
+    Store,
+    Upload,
+)
 
 _REGULAR_BYTES = 10_000_000  # larger files, and those with these endings, are large on the Hub
 _LARGE = {".safetensors", ".bin", ".model", ".onnx", ".gguf", ".h5", ".pt", ".pth"}
 _RELATIONS = {"finetune", "adapter", "merge", "quantized"}
-_GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
+
+HUB = Routes()
+"""What the Hub answers."""
 
 
-@dataclass(frozen=True)
-class Blob:
-    """The content of one file.
-
-    Attributes:
-        sha256: hash of the content, under which it is stored.
-        oid: git's name of the content.
-        size: in bytes.
-        large: whether the Hub keeps it in its large file storage.
-    """
-
-    sha256: str
-    oid: str
-    size: int
-    large: bool
-
-    @property
-    def etag(self) -> str:
-        """What the client takes for the content's name: sha256 if large, else git's."""
-        return self.sha256 if self.large else self.oid
-
-
-@dataclass(frozen=True)
-class Commit:
-    """One revision, which never changes: a title, a parent ("" for the first) and the files."""
-
-    title: str
-    parent: str
-    files: dict[str, Blob]
-
-
-@dataclass
-class Repo:
-    """A model repository.
-
-    Attributes:
-        private: only its owner sees it.
-        gated: only its owner downloads from it.
-        commits: by name.
-        refs: {"refs/heads/main": commit name, ...}.
-    """
-
-    private: bool = False
-    gated: bool = False
-    commits: dict[str, Commit] = field(default_factory=dict)
-    refs: dict[str, str] = field(default_factory=dict)
-
-    def find(self, revision: str) -> str:
-        """Name of the commit that a branch, tag, ref or commit name means."""
-        for name in (revision, f"refs/heads/{revision}", f"refs/tags/{revision}"):
-            if name in self.refs:
-                return self.refs[name]
-        if revision in self.commits:
-            return revision
-        raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-
-    def add(self, ref: str, commit: Commit) -> str:
-        """Store a commit and move a ref to it."""
-        tree = {path: blob.sha256 for path, blob in sorted(commit.files.items())}
-        text = json.dumps([commit.title, commit.parent, tree, len(self.commits)])
-        name = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-        self.commits[name] = commit
-        self.refs[ref] = name
-        return name
-
-
-@dataclass(frozen=True)
-class User:
-    """Who a token stands for.
-
-    Attributes:
-        name: of the user.
-        role: of the token: "write" or "read".
-        organisations: {name: role in it: "write" or "read"}.
-    """
-
-    name: str
-    role: str = "write"
-    organisations: dict[str, str] = field(default_factory=dict)
-
-    def may_write(self, owner: str) -> bool:
-        """Whether the token may change what an owner has."""
-        mine = owner == self.name or self.organisations.get(owner) == "write"
-        return self.role == "write" and mine
-
-
-class Refusal(Exception):
-    """An answer that says no: status, the Hub's error code, and a sentence."""
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.status, self.code = status, code
-
-
-class Store:
-    """Everything that the Hub knows.
-
-    Args:
-        folder: where the contents are kept.
-        users: {token: who it stands for}.
-    """
-
-    endpoint = ""
-
-    def __init__(self, folder: Path, users: dict[str, User]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self.users = users
-        self.repos: dict[str, Repo] = {}
-        self.lock = threading.Lock()
-        self.tickets: dict[str, str] = {}  # an upload's address is its permission, as on S3
-
-    def create(self, name: str, *, private: bool = False, gated: bool = False) -> Repo:
-        """Make a repository with its first commit."""
-        repo = self.repos[name] = Repo(private, gated)
-        files = {".gitattributes": self.keep(_GITATTRIBUTES)}
-        repo.add("refs/heads/main", Commit("initial commit", "", files))
-        return repo
-
-    def keep(self, content: bytes, *, large: bool = False) -> Blob:
-        """Store a content under its hash."""
-        name = hashlib.sha256(content).hexdigest()
-        path = self.folder / name
-        if not path.exists():
-            temporary = path.with_suffix(f".{secrets.token_hex(4)}")
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
-        return Blob(name, git.hexdigest(), len(content), large)
-
-    def content(self, blob: Blob) -> bytes:
-        """What a blob holds."""
-        return (self.folder / blob.sha256).read_bytes()
-
-    def put(self, name: str, files: dict[str, bytes], branch: str = "main") -> str:
-        """Commit files to a repository from outside, as another person's push would."""
-        repo, ref = self.repos[name], f"refs/heads/{branch}"
-        parent = repo.refs[ref]
-        added = {path: self.keep(content) for path, content in files.items()}
-        merged = {**repo.commits[parent].files, **added}
-        return repo.add(ref, Commit("a commit from elsewhere", parent, merged))
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a route is called with: who asks, the query, the headers and the body."""
-
-    store: Store
-    user: User | None
-    query: dict[str, list[str]]
-    headers: Mapping[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        """The body, read as JSON."""
-        return json.loads(self.body or b"{}")
-
-    def repo(self, name: str, *, write: bool = False, download: bool = False) -> Repo:
-        """A repository that the user may read or write."""
-        owner = name.split("/")[0]
-        found = self.store.repos.get(name)
-        mine = self.user is not None and (
-            owner == self.user.name or owner in self.user.organisations
-        )
-        if found is None or (found.private and not mine):
-            raise Refusal(404 if self.user else 401, "RepoNotFound", "Repository not found")
-        if found.gated and download and not mine:
-            raise Refusal(403, "GatedRepo", f"Access to model {name} is restricted")
-        if write and not (self.user and self.user.may_write(owner)):
-            raise Refusal(403, "", "you don't have the rights to change this repository")
-        return found
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Status, headers and body; a body that is no bytes is sent as JSON."""
-
-    body: Any
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-
-
-Route = Callable[..., Answer]
-_ROUTES: list[tuple[str, re.Pattern[str], Route]] = []
-_REPO = r"(?P<name>[^/]+/[^/]+)"
-
-
-def _route(method: str, path: str) -> Callable[[Route], Route]:
-    """Register what answers a method at a path; `{repo}` and `{word}` are passed on by name."""
-    pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", path.replace("{repo}", _REPO))
-
-    def register(route: Route) -> Route:
-        _ROUTES.append((method, re.compile(pattern.replace("{path:", "(?P<path>.+)")), route))
-        return route
-
-    return register
-
-
-@_route("GET", "/api/whoami-v2")
+@HUB.at("GET", "/api/whoami-v2")
 def _whoami(request: Request) -> Answer:
     user = request.user
     if user is None:
@@ -243,7 +53,7 @@ def _whoami(request: Request) -> Answer:
     )
 
 
-@_route("POST", "/api/repos/create")
+@HUB.at("POST", "/api/repos/create")
 def _create(request: Request) -> Answer:
     if request.user is None:
         raise Refusal(401, "", "Invalid credentials in Authorization header")
@@ -260,7 +70,7 @@ def _create(request: Request) -> Answer:
     return Answer(url)
 
 
-@_route("POST", "/api/validate-yaml")
+@HUB.at("POST", "/api/validate-yaml")
 def _validate_card(request: Request) -> Answer:
     errors = []
     parts = request.json["content"].split("---\n")
@@ -275,8 +85,8 @@ def _validate_card(request: Request) -> Answer:
     return Answer(found, 400 if errors else 200)
 
 
-@_route("GET", "/api/models/{repo}")
-@_route("GET", "/api/models/{repo}/revision/{revision}")
+@HUB.at("GET", "/api/models/{repo}")
+@HUB.at("GET", "/api/models/{repo}/revision/{revision}")
 def _info(request: Request, name: str, revision: str = "main") -> Answer:
     repo = request.repo(name)
     commit = repo.find(revision)
@@ -300,8 +110,8 @@ def _entry(path: str, blob: Blob) -> dict[str, Any]:
     return entry
 
 
-@_route("GET", "/api/models/{repo}/tree/{revision}")
-@_route("GET", "/api/models/{repo}/tree/{revision}/{path:")
+@HUB.at("GET", "/api/models/{repo}/tree/{revision}")
+@HUB.at("GET", "/api/models/{repo}/tree/{revision}/{path:")
 def _tree(request: Request, name: str, revision: str, path: str = "") -> Answer:
     repo = request.repo(name)
     files = repo.commits[repo.find(revision)].files
@@ -317,7 +127,7 @@ def _tree(request: Request, name: str, revision: str, path: str = "") -> Answer:
     return Answer([*folders, *here])
 
 
-@_route("POST", "/api/models/{repo}/paths-info/{revision}")
+@HUB.at("POST", "/api/models/{repo}/paths-info/{revision}")
 def _paths(request: Request, name: str, revision: str) -> Answer:
     repo = request.repo(name)
     files = repo.commits[repo.find(revision)].files
@@ -325,7 +135,7 @@ def _paths(request: Request, name: str, revision: str) -> Answer:
     return Answer([_entry(path, files[path]) for path in asked if path in files])
 
 
-@_route("GET", "/api/models/{repo}/refs")
+@HUB.at("GET", "/api/models/{repo}/refs")
 def _refs(request: Request, name: str) -> Answer:
     kinds: dict[str, list[dict[str, str]]] = {
         kind: [] for kind in ("branches", "converts", "tags", "pullRequests")
@@ -337,7 +147,7 @@ def _refs(request: Request, name: str) -> Answer:
     return Answer(kinds)
 
 
-@_route("POST", "/api/models/{repo}/branch/{branch}")
+@HUB.at("POST", "/api/models/{repo}/branch/{branch}")
 def _branch(request: Request, name: str, branch: str) -> Answer:
     repo = request.repo(name, write=True)
     if f"refs/heads/{branch}" in repo.refs:
@@ -346,7 +156,7 @@ def _branch(request: Request, name: str, branch: str) -> Answer:
     return Answer({})
 
 
-@_route("POST", "/api/models/{repo}/tag/{revision}")
+@HUB.at("POST", "/api/models/{repo}/tag/{revision}")
 def _tag(request: Request, name: str, revision: str) -> Answer:
     repo, tag = request.repo(name, write=True), request.json["tag"]
     if f"refs/tags/{tag}" in repo.refs:
@@ -355,7 +165,7 @@ def _tag(request: Request, name: str, revision: str) -> Answer:
     return Answer({})
 
 
-@_route("POST", "/api/models/{repo}/preupload/{revision}")
+@HUB.at("POST", "/api/models/{repo}/preupload/{revision}")
 def _preupload(request: Request, name: str, revision: str) -> Answer:
     repo = request.repo(name, write="create_pr" not in request.query)
     there = repo.commits[repo.find(revision)].files
@@ -368,36 +178,66 @@ def _preupload(request: Request, name: str, revision: str) -> Answer:
     return Answer({"files": answers})
 
 
-@_route("POST", r"/{repo}\.git/info/lfs/objects/batch")
+@HUB.at("POST", r"/{repo}\.git/info/lfs/objects/batch")
 def _batch(request: Request, name: str) -> Answer:
     request.repo(name)
     store, objects = request.store, []
     for asked in request.json["objects"]:
         entry = {"oid": asked["oid"], "size": asked["size"]}
-        if not (store.folder / asked["oid"]).exists():
-            ticket = secrets.token_hex(16)
-            store.tickets[ticket] = asked["oid"]
-            verify = f"{store.endpoint}/{name}.git/info/lfs/verify"
-            entry["actions"] = {
-                "upload": {"href": f"{store.endpoint}/storage/{ticket}"},
-                "verify": {"href": verify},
-            }
+        if not store.has(asked["oid"]):
+            verify = {"href": f"{store.endpoint}/{name}.git/info/lfs/verify"}
+            entry["actions"] = {"upload": _way_in(store, **entry), "verify": verify}
         objects.append(entry)
     return Answer({"transfer": "basic", "objects": objects})
 
 
-@_route("PUT", "/storage/{ticket}")
-def _upload(request: Request, ticket: str) -> Answer:
-    wanted = request.store.tickets.get(ticket)
-    if wanted is None:
+def _way_in(store: Store, oid: str, size: int) -> dict[str, Any]:
+    """Where a content is sent to; a large one in parts, whose addresses stand in the header."""
+    ticket = secrets.token_hex(16)
+    store.uploads[ticket] = Upload(oid)
+    address = f"{store.endpoint}/storage/{ticket}"
+    if size <= store.part_bytes:
+        return {"href": address}
+    count = -(-size // store.part_bytes)
+    parts = {f"{number:05}": f"{address}/{number}" for number in range(1, count + 1)}
+    return {"href": address, "header": {"chunk_size": str(store.part_bytes), **parts}}
+
+
+def _upload_of(request: Request, ticket: str) -> Upload:
+    if ticket not in request.store.uploads:
         raise Refusal(403, "", "no such upload")
-    if hashlib.sha256(request.body).hexdigest() != wanted:
-        raise Refusal(400, "", "the content is not what its sha256 says")
-    request.store.keep(request.body)
-    return Answer(b"", headers={"ETag": f'"{wanted}"'})
+    return request.store.uploads[ticket]
 
 
-@_route("POST", r"/{repo}\.git/info/lfs/verify")
+@HUB.at("PUT", "/storage/{ticket}")
+def _put(request: Request, ticket: str) -> Answer:
+    request.store.take(_upload_of(request, ticket), request.body)
+    return Answer(b"")
+
+
+@HUB.at("PUT", "/storage/{ticket}/{part}")
+def _put_part(request: Request, ticket: str, part: str) -> Answer:
+    _upload_of(request, ticket).parts[int(part)] = request.body
+    return Answer(b"", headers={"ETag": f'"{_etag(request.body)}"'})
+
+
+@HUB.at("POST", "/storage/{ticket}")
+def _complete(request: Request, ticket: str) -> Answer:
+    upload, content = _upload_of(request, ticket), b""
+    for said in request.json["parts"]:
+        part = upload.parts.get(said["partNumber"])
+        if part is None or said["etag"].strip('"') != _etag(part):
+            raise Refusal(400, "", f"part {said['partNumber']} has not arrived")
+        content += part
+    request.store.take(upload, content)
+    return Answer({})
+
+
+def _etag(part: bytes) -> str:
+    return hashlib.md5(part, usedforsecurity=False).hexdigest()
+
+
+@HUB.at("POST", r"/{repo}\.git/info/lfs/verify")
 def _verify(request: Request, name: str) -> Answer:
     path = request.store.folder / request.json["oid"]
     if not path.exists() or path.stat().st_size != request.json["size"]:
@@ -405,7 +245,7 @@ def _verify(request: Request, name: str) -> Answer:
     return Answer({})
 
 
-@_route("POST", "/api/models/{repo}/commit/{revision}")
+@HUB.at("POST", "/api/models/{repo}/commit/{revision}")
 def _commit(request: Request, name: str, revision: str) -> Answer:
     proposed = "create_pr" in request.query
     repo = request.repo(name, write=not proposed)
@@ -437,10 +277,10 @@ def _apply(store: Store, files: dict[str, Blob], kind: str, value: dict[str, Any
         case "file":
             files[path] = store.keep(base64.b64decode(value["content"]))
         case "lfsFile":
-            stored = store.folder / value["oid"]
-            if not stored.exists():
+            if not store.has(value["oid"]):
                 raise Refusal(400, "", f"{path}: its content was not uploaded")
-            files[path] = store.keep(stored.read_bytes(), large=True)
+            content = (store.folder / value["oid"]).read_bytes()
+            files[path] = store.keep(content, large=True)
         case "deletedFile":
             if files.pop(path, None) is None:
                 raise Refusal(400, "", f"{path} is not there to be deleted")
@@ -448,7 +288,7 @@ def _apply(store: Store, files: dict[str, Blob], kind: str, value: dict[str, Any
             raise Refusal(400, "", f"unknown operation {kind}")
 
 
-@_route("GET", "/{repo}/resolve/{revision}/{path:")
+@HUB.at("GET", "/{repo}/resolve/{revision}/{path:")
 def _resolve(request: Request, name: str, revision: str, path: str) -> Answer:
     repo = request.repo(name, download=True)
     commit = repo.find(revision)
@@ -469,24 +309,51 @@ def _resolve(request: Request, name: str, revision: str, path: str) -> Answer:
     return Answer(content[start : end + 1], 206, headers)
 
 
-def respond(
-    store: Store, method: str, path: str, headers: Mapping[str, str], body: bytes
-) -> Answer:
-    """Answer one request; refusals are answers too."""
-    if path.startswith(("/datasets/", "/api/datasets/")):  # kept among the models
-        path = path.replace("/api/datasets/", "/api/models/").removeprefix("/datasets")
-    address = urlsplit(path)
-    token = headers.get("Authorization", "").removeprefix("Bearer ")
-    query = parse_qs(address.query, keep_blank_values=True)
-    try:
-        if token and token not in store.users:
-            raise Refusal(401, "", "Invalid credentials in Authorization header")
-        request = Request(store, store.users.get(token), query, headers, body)
-        for wanted, pattern, route in _ROUTES:
-            found = pattern.fullmatch(address.path)
-            if found and wanted == method:
-                return route(request, **{k: unquote(v) for k, v in found.groupdict().items()})
-        raise Refusal(404, "", f"this Hub has no {method} {address.path}")
-    except Refusal as no:
-        code = {"X-Error-Code": no.code} if no.code else {}
-        return Answer({"error": str(no)}, no.status, code | {"X-Error-Message": str(no)})
+def _told(store: Store, slug: str, found: Collection) -> Answer:
+    """A collection as the Hub tells of it."""
+    items = [
+        {"_id": model, "id": model, "type": "model", "position": place}
+        for place, model in enumerate(found.models)
+    ]
+    seen = {"slug": slug, "title": found.title, "owner": {"name": found.owner}, "items": items}
+    rest = {"lastUpdated": "2000-01-01T00:00:00.000Z", "position": 0, "theme": "blue", "upvotes": 0}
+    return Answer({**seen, **rest, "private": found.private})
+
+
+def _collection(request: Request, slug: str, *, write: bool = False) -> Collection:
+    found, user = request.store.collections.get(slug), request.user
+    if found is None or (found.private and not (user and user.sees(found.owner))):
+        raise Refusal(404, "", "Collection not found")
+    if write and not (user and user.may_write(found.owner)):
+        raise Refusal(403, "", "you don't have the rights to change this collection")
+    return found
+
+
+@HUB.at("POST", "/api/collections")
+def _create_collection(request: Request) -> Answer:
+    asked, store = request.json, request.store
+    title, owner = asked["title"], asked["namespace"]
+    if not (request.user and request.user.may_write(owner)):
+        raise Refusal(403, "", f"you don't have the rights to create a collection under {owner}")
+    slug = f"{owner}/{re.sub(r'[^a-z0-9]+', '-', title.lower())}-{_etag(title.encode())[:24]}"
+    if slug in store.collections:
+        return Answer({"slug": slug, "error": "it is there already"}, 409)
+    made = store.collections[slug] = Collection(title, owner, bool(asked.get("private")))
+    return _told(store, slug, made)
+
+
+@HUB.at("GET", "/api/collections/{repo}")
+def _get_collection(request: Request, name: str) -> Answer:
+    return _told(request.store, name, _collection(request, name))
+
+
+@HUB.at("POST", "/api/collections/{repo}/items")
+def _add_to_collection(request: Request, name: str) -> Answer:
+    found, item = _collection(request, name, write=True), request.json["item"]
+    if item["type"] != "model":
+        raise Refusal(400, "", "this Hub has models only")
+    request.repo(item["id"])
+    if item["id"] in found.models:
+        raise Refusal(409, "", "it is in the collection already")
+    found.models.append(item["id"])
+    return _told(request.store, name, found)

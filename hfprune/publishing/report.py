@@ -6,12 +6,15 @@ both on a page.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfprune.evaluation.evaluate import Difference, Quality
 from hfprune.evaluation.measure import Measurement
+from hfprune.files import sha256_of
 from hfprune.importance.diagnosis import ALIKE
 from hfprune.publishing.units import Pruning
 
@@ -30,6 +33,8 @@ class Variant:
         params: parameters of the whole model, tied ones counted once.
         macs: of one forward pass over one example, counted on the real model.
         measured: latency, memory, file size and energy.
+        weights: {file: sha256} of the weights, as `weights_of` reads them: a report that lies
+            beside other weights is not of that model. {} where they were not saved.
     """
 
     name: str
@@ -38,6 +43,7 @@ class Variant:
     params: int
     macs: int
     measured: Measurement
+    weights: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,8 @@ class Report:
         pruning: what was removed; None in a report that an older hfprune wrote.
         recipe: the recipe as plain values.
         curve: quality over budgets, where more than one was tried.
+        energy: {artefact: joules that the processors drew in the step that made it}, of the steps
+            up to the last model; {} where one of them could not be read.
     """
 
     variants: tuple[Variant, ...]
@@ -88,6 +96,7 @@ class Report:
     pruning: Pruning | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     curve: tuple[CurvePoint, ...] = ()
+    energy: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -98,6 +107,7 @@ class Report:
                     "quality": v.quality.to_dict(),
                     "difference": None if v.difference is None else asdict(v.difference),
                     "measured": v.measured.to_dict(),
+                    "weights": dict(v.weights),
                 }
                 for v in self.variants
             ],
@@ -107,6 +117,7 @@ class Report:
             "pruning": None if self.pruning is None else asdict(self.pruning),
             "recipe": dict(self.recipe),
             "curve": [asdict(point) for point in self.curve],
+            "energy": dict(self.energy),
         }
 
     @staticmethod
@@ -120,6 +131,7 @@ class Report:
                 params=v["params"],
                 macs=v["macs"],
                 measured=Measurement.from_dict(v["measured"]),
+                weights=v.get("weights", {}),
             )
             for v in values["variants"]
         )
@@ -132,6 +144,7 @@ class Report:
             Pruning.from_dict(pruning) if pruning else None,
             values.get("recipe", {}),
             tuple(CurvePoint(**point) for point in values.get("curve", ())),
+            values.get("energy", {}),
         )
 
     @property
@@ -323,6 +336,11 @@ class Report:
             f"At batch {listed} the middle halves of the timed runs of the dense model and of the"
             " result overlap: the difference there is within the noise of this machine."
         ]
+
+
+def weights_of(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """{file: sha256} of a saved model's weights."""
+    return {path.name: sha256_of(path) for path in sorted(Path(folder).glob("*.safetensors"))}
 
 
 def milliseconds(seconds: float) -> str:

@@ -25,7 +25,7 @@ from hfprune.data import commit_of, load_texts
 from hfprune.errors import HfpruneError, PublishError
 from hfprune.publishing.hub import publish
 from hfprune.publishing.parcel import RECORD
-from hfprune.publishing.rehearsal_api import User
+from hfprune.publishing.rehearsal_store import User
 from hfprune.recipe import Data, Recipe
 
 MODEL_FILES = {

@@ -3,6 +3,7 @@ publishing prove nothing.
 """
 
 import hashlib
+import json
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -22,7 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hfprune.publishing.rehearsal_api import User
+from hfprune.publishing.rehearsal_store import Upload, User
 
 WEIGHTS = bytes(range(256)) * 400
 
@@ -110,6 +111,51 @@ def test_the_same_files_again_are_no_commit(api):
     assert again.oid == made.oid
 
 
+def test_a_large_file_goes_up_in_parts(hub, api, tmp_path):
+    content = bytes(range(251)) * 50_000  # 12.55 MB
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(content)
+    commit(api, add("model.safetensors", tmp_path / "model.safetensors"))
+    assert sum(r.startswith("PUT /storage/") for r in hub.log) == 3
+    path = hf_hub_download("me/model", "model.safetensors", cache_dir=tmp_path / "c")
+    with open(path, "rb") as file:
+        assert file.read() == content
+
+
+def test_a_part_that_did_not_arrive_is_missed(hub):
+    hub.uploads["ticket"] = Upload(hashlib.sha256(b"right").hexdigest(), {1: b"ri"})
+    parts = [
+        {"partNumber": n, "etag": hashlib.md5(p).hexdigest()} for n, p in ((1, b"ri"), (2, b"ght"))
+    ]
+    request = Request(f"{hub.endpoint}/storage/ticket", json.dumps({"parts": parts}).encode())
+    with pytest.raises(HTTPError, match="400"):
+        urlopen(request)
+    assert not hub.has(hub.uploads["ticket"].sha256)
+    hub.uploads["ticket"].parts[2] = b"ght"
+    urlopen(request)
+    assert hub.has(hub.uploads["ticket"].sha256)
+
+
+def test_models_are_gathered_in_a_collection(hub, api):
+    api.create_repo("me/secret", private=True)
+    made = api.create_collection("Two sizes", namespace="me", private=True)
+    assert made.url == f"{hub.endpoint}/collections/{made.slug}" and made.slug.startswith("me/two")
+    for repo in ("me/model", "me/secret"):
+        api.add_collection_item(made.slug, repo, "model")
+    again = api.create_collection("Two sizes", namespace="me", exists_ok=True)
+    assert [item.item_id for item in again.items] == ["me/model", "me/secret"]
+    for refused in (
+        lambda: api.add_collection_item(made.slug, "me/model", "model"),
+        lambda: api.add_collection_item(made.slug, "me/none", "model"),
+        lambda: api.create_collection("Mine", namespace="readers"),
+        lambda: HfApi(token=False).get_collection(made.slug),
+    ):
+        with pytest.raises(HfHubHTTPError, match=r"40\d"):
+            refused()
+    same = api.add_collection_item(made.slug, "me/model", "model", exists_ok=True)
+    assert len(same.items) == 2
+
+
 def test_rights(hub, api):
     hub.users |= {"hf_other": User("other"), "hf_reader": User("me", "read")}
     hub.create("me/secret", private=True)
@@ -157,7 +203,8 @@ def test_it_fails_as_it_is_told(hub, api, how):
 
 
 def test_a_content_that_is_not_what_its_hash_says_is_refused(hub, api):
-    wanted = hub.tickets["ticket"] = hashlib.sha256(b"right").hexdigest()
+    wanted = hashlib.sha256(b"right").hexdigest()
+    hub.uploads["ticket"] = Upload(wanted)
     request = Request(f"{hub.endpoint}/storage/ticket", b"wrong", method="PUT")
     with pytest.raises(HTTPError, match="400"):
         urlopen(request)
