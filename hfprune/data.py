@@ -1,11 +1,12 @@
-"""From files or a Hub dataset to batches: tokenised once, bucketed by length so that padding is not
-computed.
+"""From files or a Hub dataset to rows, and from examples to batches: bucketed by length so that
+padding is not computed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfprune.errors import DataError, unknown
@@ -14,17 +15,21 @@ from hfprune.recipe import SPLITS, Data
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+
+Row = Mapping[str, Any]
+Collate = Callable[[Sequence[Row]], "dict[str, torch.Tensor]"]
+"""Makes one padded batch of some examples."""
+
+_SAVED = "state.json"  # what `Dataset.save_to_disk` leaves in its folder
 
 
-def load_texts(data: Data) -> dict[str, Dataset]:
+def load_splits(data: Data) -> dict[str, Dataset]:
     """The three splits as they are on disk or on the Hub.
 
     Raises:
         DataError: a split is empty, or is no file of the kind that its name says.
     """
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
     names = {split: getattr(data, split) for split in SPLITS}
     if data.dataset:
@@ -33,23 +38,34 @@ def load_texts(data: Data) -> dict[str, Dataset]:
             for split, name in names.items()
         }
     else:
-        kinds = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}
-        loaded = {}
-        for split, name in names.items():
-            ending = name.rsplit(".", 1)[-1]
-            if ending not in kinds:
-                raise DataError(unknown("kind of data file", ending, kinds))
-            try:
-                loaded[split] = load_dataset(kinds[ending], data_files=name, split="train")
-            except (StopIteration, ValueError, DatasetsError) as error:
-                why = str(error.__cause__ or error).partition("\n")[0] or "it is empty"
-                raise DataError(
-                    f"data.{split} ({name}) has no examples that can be read as {ending}: {why}"
-                ) from error
+        loaded = {split: _from_disk(f"data.{split}", name) for split, name in names.items()}
     for split, dataset in loaded.items():
         if not len(dataset):
             raise DataError(f"data.{split} ({names[split]}) has no examples.")
     return loaded
+
+
+def _from_disk(field: str, name: str) -> Dataset:
+    """A data file, a folder that a dataset was saved to, or one of images in a folder per class."""
+    from datasets import load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
+
+    if Path(name, _SAVED).is_file():
+        return load_from_disk(name)
+    kinds = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}
+    folder, ending = Path(name).is_dir(), name.rsplit(".", 1)[-1]
+    if not folder and ending not in kinds:
+        raise DataError(unknown("kind of data file", ending, kinds))
+    try:
+        if folder:
+            return load_dataset("imagefolder", data_dir=name, split="train", drop_labels=False)
+        return load_dataset(kinds[ending], data_files=name, split="train")
+    except (StopIteration, ValueError, DatasetsError) as error:
+        why = str(error.__cause__ or error).partition("\n")[0] or "it is empty"
+        kind = "a folder of images" if folder else ending
+        raise DataError(
+            f"{field} ({name}) has no examples that can be read as {kind}: {why}"
+        ) from error
 
 
 def commit_of(dataset: Dataset) -> str | None:
@@ -62,100 +78,62 @@ def commit_of(dataset: Dataset) -> str | None:
     return None
 
 
-def labelled(
-    texts: dict[str, Dataset], tokenizer: PreTrainedTokenizerBase, data: Data
-) -> dict[str, Dataset]:
-    """Tokenised examples for classification: input_ids, attention_mask, ... and labels.
+def class_names(splits: Mapping[str, Dataset], column: str) -> list[str]:
+    """What the classes of a column of labels, or of lists of them, are called; where the dataset
+    does not say, as transformers calls them.
 
     Raises:
-        DataError: a column is missing, or a label is not a class number.
+        DataError: the splits name other classes, whose numbers then mean other things.
     """
-    columns = [data.text] + ([data.text_pair] if data.text_pair else [])
-    for split, dataset in texts.items():
-        for column in (*columns, data.label):
-            if column not in dataset.column_names:
-                raise DataError(
-                    f"data.{split}: {unknown('column', column, dataset.column_names)} Name it in"
-                    " `data`."
-                )
-        for row, label in enumerate(dataset[data.label]):
-            if type(label) is not int or label < 0:
-                raise DataError(
-                    f"data.{split}: the {data.label!r} of example {row} is {label!r}; it must be"
-                    " the number of a class, 0 or more."
-                )
+    from datasets import ClassLabel
 
-    def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        encoded = tokenizer(
-            *(rows[c] for c in columns), truncation=True, max_length=data.max_length
-        )
-        return {**encoded, "labels": rows[data.label]}
-
-    return {
-        split: dataset.map(encode, batched=True, remove_columns=dataset.column_names)
-        for split, dataset in texts.items()
-    }
-
-
-def blocks(
-    texts: dict[str, Dataset], tokenizer: PreTrainedTokenizerBase, data: Data
-) -> dict[str, Dataset]:
-    """Texts joined and cut into blocks of `max_length` tokens, each its own label.
-
-    Raises:
-        DataError: a column is missing, or a split is shorter than one block.
-    """
-    for split, dataset in texts.items():
-        if data.text not in dataset.column_names:
+    named = {}
+    for split, dataset in splits.items():
+        feature = dataset.features[column]
+        feature = getattr(feature, "feature", feature)  # of each in a list
+        named[split] = feature.names if isinstance(feature, ClassLabel) else None
+    first, *others = named.items()
+    for split, names in others:
+        if names != first[1]:
             raise DataError(
-                f"data.{split}: {unknown('column', data.text, dataset.column_names)} Name it in"
-                " `data`."
+                f"data.{split} has the classes {names or 'without names'}, and data.{first[0]}"
+                f" {first[1] or 'without names'}; give every split examples of every class."
             )
-    begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    size = data.max_length - len(begin)
+    if first[1]:
+        return list(first[1])
+    most = max(_largest(label) for dataset in splits.values() for label in dataset[column])
+    return [f"LABEL_{number}" for number in range(most + 1)]
 
-    def join(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        pieces = tokenizer([text + "\n" for text in rows[data.text]], add_special_tokens=False)
-        stream = [token for piece in pieces["input_ids"] for token in piece]
-        cut = [begin + stream[i : i + size] for i in range(0, len(stream) - size + 1, size)]
-        return {"input_ids": cut, "labels": cut, "attention_mask": [[1] * len(c) for c in cut]}
 
-    made = {}
-    for split, dataset in texts.items():
-        made[split] = dataset.map(
-            join, batched=True, batch_size=len(dataset), remove_columns=dataset.column_names
-        )
-        if not len(made[split]):
-            raise DataError(
-                f"data.{split} has fewer than {size} tokens: not one block of max_length."
-            )
-    return made
+def _largest(label: int | list[int]) -> int:
+    return label if isinstance(label, int) else max(label, default=0)
+
+
+def lengths_of(dataset: Dataset) -> list[int]:
+    """The tokens of every example; images are all alike."""
+    if "input_ids" not in dataset.column_names:
+        return [1] * len(dataset)
+    return [len(ids) for ids in dataset["input_ids"]]
 
 
 class Batches(Sequence["dict[str, torch.Tensor]"]):
     """Padded batches of examples of like length; the same every time they are read.
 
     Args:
-        dataset: with input_ids and whatever else the model is called with.
-        tokenizer: pads.
+        dataset: examples, as a task makes them.
+        collate: makes a batch of some of them.
         batch_size: examples per batch.
         limit: use the first so many examples only.
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        tokenizer: PreTrainedTokenizerBase,
-        batch_size: int,
-        limit: int | None = None,
+        self, dataset: Dataset, collate: Collate, batch_size: int, limit: int | None = None
     ) -> None:
-        from transformers import DataCollatorWithPadding
-
         if limit is not None and limit < len(dataset):
             dataset = dataset.select(range(limit))
         self._dataset = dataset
-        self._collate = DataCollatorWithPadding(tokenizer)
-        lengths = [len(ids) for ids in dataset["input_ids"]]
+        self._collate = collate
+        lengths = lengths_of(dataset)
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         self._indices = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
@@ -163,8 +141,17 @@ class Batches(Sequence["dict[str, torch.Tensor]"]):
         return len(self._indices)
 
     def __getitem__(self, index: Any) -> Any:
-        rows = [self._dataset[i] for i in self._indices[index]]
-        return dict(self._collate(rows))
+        return self._collate(self.rows(index))
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return (self[i] for i in range(len(self)))
+
+    def rows(self, index: int) -> list[Row]:
+        """The examples of a batch, with what the model is not called with."""
+        return [self._dataset[i] for i in self._indices[index]]
+
+    def with_rows(self) -> Iterator[tuple[dict[str, torch.Tensor], list[Row]]]:
+        """Every batch and its examples."""
+        for index in range(len(self)):
+            rows = self.rows(index)
+            yield self._collate(rows), rows

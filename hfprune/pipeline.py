@@ -74,8 +74,7 @@ def run(
 
 def evaluation_batches(recipe: Recipe) -> Batches:
     """The batches that a run of the recipe is judged on."""
-    steps = Steps(recipe, print, Processes())
-    return Batches(steps.splits["test"], steps.tokenizer, recipe.score.batch_size)
+    return Steps(recipe, print, Processes()).test
 
 
 def calibration_batches(recipe: Recipe) -> list[dict[str, torch.Tensor]]:
@@ -155,7 +154,7 @@ class _Run:
     def _contents(self) -> list[str]:
         """Hashes of the data files: edited sentences are other sentences."""
         files = [] if self.recipe.data.dataset else [getattr(self.recipe.data, s) for s in SPLITS]
-        return [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
+        return [_digest(Path(file)) for file in files]
 
     def _make(self, step: Step, key: str) -> float:
         """Write an artefact under a temporary name, then rename it into place; in seconds."""
@@ -210,6 +209,16 @@ def _unwritable(error: Exception) -> str | None:
     text = str(error).partition("\n")[0]
     # safetensors and torch.save tell of the system's errors in their own.
     return text if "(os error " in text or "PytorchStreamWriter" in text else None
+
+
+def _digest(path: Path) -> str:
+    """Hash of a file, or of all files of a folder and their names."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    inside = sorted(p for p in path.rglob("*") if p.is_file())
+    names = [f"{p.relative_to(path).as_posix()} {_digest(p)}" for p in inside]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 def _say_nothing(line: str) -> None:

@@ -20,11 +20,9 @@ from hfprune.errors import RecipeError, unknown
 if TYPE_CHECKING:
     from hfprune.planning.budget import Budget
 
-Task = Literal["text-classification", "text-generation"]
-
 _MAY_BE_ZERO = {
     "seed", "threads", "weight_decay", "warmup", "min_heads", "min_neurons",
-    "task_weight", "logits_weight", "hidden_weight",
+    "task_weight", "logits_weight", "hidden_weight", "stride",
 }  # fmt: skip
 
 
@@ -37,15 +35,21 @@ class Data:
     """Where the examples come from.
 
     Attributes:
-        train, dev, test: a JSON-lines, CSV or Parquet file each; with `dataset`, the name of a
-            split each.
+        train, dev, test: a JSON-lines, CSV or Parquet file each, a folder that a dataset was saved
+            to, or one with a folder of images per class; with `dataset`, the name of a split each.
         dataset: Hub id of a dataset; None for files.
         config: configuration of the Hub dataset.
         revision: commit, tag or branch of the Hub dataset.
-        text: column with the text.
-        text_pair: column with the second text of a pair; None for single texts.
-        label: column with the class index; not used for text generation.
+        text: column with the text; for token classification, with its list of words.
+        text_pair: column with the second text of a pair; for question answering, with the context;
+            None for single texts.
+        image: column with the image, or its path.
+        label: column with what is right: the number of the class, or of that of every word; the
+            text to write; or the answers, as in SQuAD. Not used for text generation.
+        prefix: comes before every text that is to be summarized or translated.
         max_length: tokens per example at most; for text generation, tokens per block.
+        max_target_length: tokens of a text to write at most.
+        stride: tokens that two windows of a long context share, for question answering.
     """
 
     train: str
@@ -56,8 +60,12 @@ class Data:
     revision: str | None = None
     text: str = "text"
     text_pair: str | None = None
+    image: str = "image"
     label: str = "label"
+    prefix: str = ""
     max_length: int = 128
+    max_target_length: int = 128
+    stride: int = 128
 
 
 @dataclass(frozen=True)
@@ -183,7 +191,8 @@ class Recipe:
         model: folder or Hub id of the dense model.
         output: folder of the run; every step leaves its artefact there.
         data: the examples.
-        task: "text-classification" or "text-generation".
+        task: "text-classification", "token-classification", "question-answering",
+            "text-generation", "summarization", "translation" or "image-classification".
         revision: commit, tag or branch of the Hub model.
         gguf_file: GGUF file in the model's folder, for models that come as one.
         seed: of every random draw.
@@ -195,7 +204,7 @@ class Recipe:
     model: str
     output: str
     data: Data
-    task: Task = "text-classification"
+    task: str = "text-classification"
     revision: str | None = None
     gguf_file: str | None = None
     seed: int = 0
@@ -246,7 +255,9 @@ class Recipe:
         """
         from hfprune.importance.criteria import criterion_named
         from hfprune.planning.budget import Budget
+        from hfprune.tasks import task_named
 
+        task = task_named(self.task)
         rounds = [Budget.parse(budget) for budget in self.prune.budgets]
         if not rounds:
             raise RecipeError("prune.budget must hold one budget at least.")
@@ -264,13 +275,15 @@ class Recipe:
                 raise RecipeError(f"{name} must be a share of the steps, below 1, not {value}.")
         if not self.measure.batch_sizes:
             raise RecipeError("measure.batch_sizes must hold one batch size at least.")
+        if self.measure.lengths and task.reads != "text":
+            raise RecipeError(f"measure.lengths are of texts, and {self.task} reads {task.reads}.")
         if not self.data.dataset:
             for split in SPLITS:
                 file = Path(getattr(self.data, split))
-                if not file.is_file():
+                if not file.exists():
                     raise RecipeError(
                         f"data.{split}: there is no file {file}. Give a JSON-lines, CSV or Parquet"
-                        " file, or a `dataset` with split names."
+                        " file, a folder, or a `dataset` with split names."
                     )
         parent = next(
             p

@@ -12,16 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel
 
-from hfprune.data import Batches, blocks, commit_of, labelled, load_texts
+from hfprune.data import Batches, Collate, class_names, commit_of, load_splits
 from hfprune.errors import RecipeError
-from hfprune.evaluation.evaluate import (
-    Quality,
-    evaluate_classification,
-    evaluate_perplexity,
-    paired_difference,
-)
+from hfprune.evaluation.evaluate import Quality, model_inputs, paired_difference
 from hfprune.evaluation.hardware import machine
 from hfprune.evaluation.measure import check_length, measure_side_by_side
 from hfprune.importance.criteria import criterion_named
@@ -33,13 +28,14 @@ from hfprune.pruning import preview, remove
 from hfprune.publishing.figures import draw_kept, kept_as_text
 from hfprune.publishing.page import write_page
 from hfprune.publishing.reload import WAYS, reload_and_compare
-from hfprune.publishing.report import CurvePoint, Report, Variant
+from hfprune.publishing.report import CurvePoint, Report, Variant, weights_of
 from hfprune.publishing.units import Pruning
 from hfprune.recipe import Recipe
 from hfprune.recovery.compensation import compensate
 from hfprune.rounds import Round, budget_on_given, constraints_on_given, in_all
 from hfprune.structure.checkpoint import from_pretrained, remember_origin
 from hfprune.structure.cost import counted_macs
+from hfprune.tasks import Processor, task_named
 from hfprune.training import Training
 
 if TYPE_CHECKING:
@@ -83,6 +79,7 @@ class Steps:
         self.folder = Path(recipe.output)
         self.say = say
         self.processes = processes
+        self.task = task_named(recipe.task)
         criterion_named(recipe.prune.criterion)
         self.constraints = Constraints(
             recipe.prune.min_heads,
@@ -176,38 +173,51 @@ class Steps:
         values = self.recipe.to_dict()
         return {name: values[name] for name in names}
 
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The dense model's tokenizer; it pads."""
-        from transformers import AutoTokenizer
-
+    @property
+    def _source(self) -> dict[str, Any]:
+        """How the model and what belongs to it are loaded."""
         extra = {"gguf_file": self.recipe.gguf_file} if self.recipe.gguf_file else {}
-        tokenizer = AutoTokenizer.from_pretrained(
-            self.recipe.model, revision=self.recipe.revision, **extra
-        )
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
+        return {"revision": self.recipe.revision, **extra}
+
+    @cached_property
+    def processor(self) -> Processor:
+        """The dense model's tokenizer or image processor."""
+        return self.task.load_processor(self.recipe.model, **self._source)
+
+    @cached_property
+    def loaded(self) -> dict[str, Dataset]:
+        """The splits as they were loaded: "train", "dev" and "test"."""
+        splits = load_splits(self.recipe.data)
+        self._resolved("data", commit_of(splits["train"]))
+        return splits
 
     @cached_property
     def splits(self) -> dict[str, Dataset]:
-        """The examples, tokenized: "train", "dev" and "test"."""
-        texts = load_texts(self.recipe.data)
-        self._resolved("data", commit_of(texts["train"]))
-        make = blocks if self.recipe.task == "text-generation" else labelled
-        return make(texts, self.tokenizer, self.recipe.data)
+        """The splits as examples."""
+        return self.task.examples(self.loaded, self.processor, self.recipe.data)
+
+    @cached_property
+    def collate(self) -> Collate:
+        """What makes batches of examples."""
+        config = AutoConfig.from_pretrained(self.recipe.model, **self._source)
+        return self.task.collator(self.processor, config)
 
     @cached_property
     def calibration(self) -> list[dict[str, torch.Tensor]]:
         """The batches that importance is measured on, and outlets are refitted on."""
         settings = self.recipe.score
         shuffled = self.splits["train"].shuffle(seed=self.recipe.seed)
-        return list(Batches(shuffled, self.tokenizer, settings.batch_size, settings.examples))
+        return list(Batches(shuffled, self.collate, settings.batch_size, settings.examples))
+
+    @property
+    def test(self) -> Batches:
+        """The batches that models are judged on."""
+        return Batches(self.splits["test"], self.collate, self.recipe.score.batch_size)
 
     @property
     def training(self) -> Training:
         """How models are trained here."""
-        return Training(self.recipe, self.splits, self.tokenizer, self.processes)
+        return Training(self.recipe, self.task, self.splits, self.collate, self.processes)
 
     @property
     def scores(self) -> Scores:
@@ -236,10 +246,10 @@ class Steps:
         return from_pretrained(self.folder / name)
 
     def save(self, model: PreTrainedModel, path: Path) -> None:
-        """Write a model with its tokenizer; only the first process does."""
+        """Write a model with its processor; only the first process does."""
         if self.processes.main:
             model.save_pretrained(path)
-            self.tokenizer.save_pretrained(path)
+            self.processor.save_pretrained(path)
 
     def make_dense(self, path: Path) -> None:
         """The dense model, which has learnt the task."""
@@ -268,17 +278,14 @@ class Steps:
             )
 
     def _load_dense(self) -> PreTrainedModel:
-        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-        extra: dict[str, Any] = {"revision": self.recipe.revision}
+        extra = self._source
         if self.recipe.gguf_file:
-            extra |= {"gguf_file": self.recipe.gguf_file, "dtype": torch.float32}
-        if self.recipe.task == "text-generation":
-            model = AutoModelForCausalLM.from_pretrained(self.recipe.model, **extra)
-        else:
-            if self.recipe.finetune:  # a new task: as many classes as the labels have
-                extra["num_labels"] = 1 + max(max(s["labels"]) for s in self.splits.values())
-            model = AutoModelForSequenceClassification.from_pretrained(self.recipe.model, **extra)
+            extra["dtype"] = torch.float32
+        if self.task.classes and self.recipe.finetune:  # the head is new
+            names = dict(enumerate(class_names(self.loaded, self.recipe.data.label)))
+            numbers = {name: number for number, name in names.items()}
+            extra |= {"id2label": names, "label2id": numbers, "ignore_mismatched_sizes": True}
+        model = self.task.load(self.recipe.model, **extra)
         if self.recipe.gguf_file:
             # The weights are plain tensors by now; what is left of the GGUF loader only forbids
             # saving.
@@ -375,8 +382,18 @@ class Steps:
         self.say(f"  equal logits by hfprune.from_pretrained and by {WAYS[without]}: {found}")
 
     def _probe(self) -> dict[str, torch.Tensor]:
-        batch = next(iter(Batches(self.splits["test"], self.tokenizer, 8)))
-        return {name: tensor for name, tensor in batch.items() if name != "labels"}
+        batch = Batches(self.splits["test"], self.collate, 8)[0]
+        return model_inputs(batch, torch.device("cpu"))
+
+    def _one_of(self, model: PreTrainedModel, tokens: int) -> dict[str, torch.Tensor]:
+        """One example of so many tokens, whose MACs are counted; a decoder gets as many."""
+        if self.task.reads != "text":
+            return {name: tensor[:1] for name, tensor in self._probe().items()}
+        one = {"input_ids": torch.full((1, tokens), self.processor.pad_token_id or 0)}
+        one["attention_mask"] = torch.ones_like(one["input_ids"])
+        if model.config.is_encoder_decoder:
+            one["decoder_input_ids"] = one["input_ids"]
+        return one
 
     def make_report(self, path: Path) -> None:
         """Quality and cost of every variant, side by side."""
@@ -385,7 +402,7 @@ class Steps:
         quality = {name: self._judge(model) for name, model in models.items()}
         sizes = self.recipe.measure.batch_sizes
         sample = self.splits["test"].shuffle(seed=self.recipe.seed)
-        timed = {size: Batches(sample, self.tokenizer, size, size)[0] for size in sizes}
+        timed = {size: Batches(sample, self.collate, size, size)[0] for size in sizes}
         measured = measure_side_by_side(
             models,
             timed,
@@ -396,8 +413,7 @@ class Steps:
         )
         plan, scores = self.plan, self.scores
         tokens = plan.tokens
-        one = {"input_ids": torch.full((1, tokens), self.tokenizer.pad_token_id or 0)}
-        one["attention_mask"] = torch.ones_like(one["input_ids"])
+        one = self._one_of(models["dense"], tokens)
         seconds = {name: entry["seconds"] for name, entry in steps_done(self.folder).items()}
         report = Report(
             variants=tuple(
@@ -414,6 +430,7 @@ class Steps:
                     params=sum(p.numel() for p in models[name].parameters()),
                     macs=counted_macs(models[name], one),
                     measured=measured[name],
+                    weights=weights_of(self.folder / name),
                 )
                 for name in self.variants
             ),
@@ -428,10 +445,7 @@ class Steps:
 
     def _judge(self, model: PreTrainedModel) -> Quality:
         """The quality of a model on the test split."""
-        classify = self.recipe.task == "text-classification"
-        judge = evaluate_classification if classify else evaluate_perplexity
-        test = Batches(self.splits["test"], self.tokenizer, self.recipe.score.batch_size)
-        return judge(model, test, seed=self.recipe.seed)
+        return self.task.judge(model, self.test, self.recipe.seed)
 
     def _curve(
         self, quality: Mapping[str, Quality], dense: PreTrainedModel, scores: Scores

@@ -11,14 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import (
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from hfprune.data import Collate, lengths_of
 from hfprune.errors import RecipeError
 from hfprune.processes import Processes
 from hfprune.recipe import Distill, Finetune, Recipe
@@ -28,9 +23,11 @@ from hfprune.recovery.checkpoints import (
     training_format,
 )
 from hfprune.recovery.distillation import DistillationArguments, DistillationTrainer
+from hfprune.tasks import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import TrainerCallback
 
 _POOL = 50  # batches whose examples are sorted by length together
 
@@ -80,8 +77,7 @@ class _InOrder:
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        lengths = [len(ids) for ids in dataset["input_ids"]]
-        return ByLength(lengths, self.args.train_batch_size, self.args.seed)
+        return ByLength(lengths_of(dataset), self.args.train_batch_size, self.args.seed)
 
 
 class _Trainer(_InOrder, Trainer):
@@ -103,14 +99,16 @@ class Training:
 
     Attributes:
         recipe: with the settings.
-        splits: tokenized examples: "train", and "dev", by which the best checkpoint is chosen.
-        tokenizer: pads.
+        task: the recipe's.
+        splits: examples: "train", and "dev", by which the best checkpoint is chosen.
+        collate: makes batches of them.
         processes: those that train together.
     """
 
     recipe: Recipe
+    task: Task
     splits: Mapping[str, Dataset]
-    tokenizer: PreTrainedTokenizerBase
+    collate: Collate
     processes: Processes
 
     def finetune(self, model: PreTrainedModel, checkpoints: Path) -> None:
@@ -126,8 +124,9 @@ class Training:
         teacher: PreTrainedModel,
         layer_map: Sequence[int] | None,
         checkpoints: Path,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        """Let the student learn from the teacher, in place."""
+        """Let the student learn from the teacher, in place, with further callbacks if any."""
         settings = self.recipe.distill
         assert settings is not None
         args = DistillationArguments(
@@ -137,7 +136,14 @@ class Training:
             hidden_weight=settings.hidden_weight,
             temperature=settings.temperature,
         )
-        trainer = _DistillationTrainer(student, teacher, args, layer_map=layer_map, **self._data())
+        trainer = _DistillationTrainer(
+            student,
+            teacher,
+            args,
+            layer_map=layer_map,
+            callbacks=list(callbacks),
+            **self._data(),
+        )
         self._train(student, trainer, settings)
 
     def _train(
@@ -146,7 +152,7 @@ class Training:
         """Train, from the last checkpoint if there is one; the model is trainable after as before,
         and in eval mode.
         """
-        embeddings = model.get_input_embeddings().weight
+        embeddings = model.get_input_embeddings()  # of images, a module that has no `weight`
         embeddings.requires_grad_(not settings.freeze_embeddings)
         output = trainer.args.output_dir
         checkpoint = last_complete_checkpoint(output)
@@ -160,12 +166,11 @@ class Training:
 
     def _data(self) -> dict[str, Any]:
         """The Trainer's arguments about data."""
-        classify = self.recipe.task == "text-classification"
         return {
             "train_dataset": self.splits["train"],
             "eval_dataset": self.splits["dev"],
-            "data_collator": DataCollatorWithPadding(self.tokenizer),
-            "compute_metrics": _accuracy if classify else None,
+            "data_collator": self.collate,
+            "compute_metrics": self.task.compute_metrics if self.task.metric else None,
         }
 
     def _arguments(self, settings: Finetune | Distill, checkpoints: Path) -> dict[str, Any]:
@@ -180,7 +185,6 @@ class Training:
                 f"A batch of {settings.batch_size} examples cannot be shared by"
                 f" {self.processes.count} processes; set batch_size to a multiple of their number."
             )
-        classify = self.recipe.task == "text-classification"
         return {
             "output_dir": str(checkpoints),
             "num_train_epochs": settings.epochs,
@@ -196,14 +200,10 @@ class Training:
             "save_strategy": "epoch",
             "save_total_limit": 2,
             "load_best_model_at_end": True,
-            "metric_for_best_model": "accuracy" if classify else "loss",
+            "metric_for_best_model": self.task.chosen_by,
+            "remove_unused_columns": False,  # the collator does, and images are columns till then
             "logging_steps": 50,
             "seed": self.recipe.seed,
             "report_to": "none",
             "dataloader_pin_memory": False,
         }
-
-
-def _accuracy(prediction: Any) -> dict[str, float]:
-    """Accuracy on the dev split, by which the best checkpoint is chosen."""
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}

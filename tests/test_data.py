@@ -7,9 +7,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hfprune.data import Batches, blocks, commit_of, labelled, load_texts
+from hfprune.data import Batches, commit_of, load_splits
 from hfprune.errors import DataError
+from hfprune.examples import blocks, labelled
 from hfprune.recipe import Data
+from hfprune.tasks import TASKS
 
 WORDS = ["good", "bad", "great", "awful", "fine", "dull", "film", "plot", "cast", "ending"]
 WORDS += ["a", "the", "very", "not", "and", "is", "was"]
@@ -32,6 +34,11 @@ def tiny_tokenizer():
         model_input_names=["input_ids", "attention_mask"],
         **special,
     )
+
+
+def padding(tokenizer):
+    """What makes batches of sentences."""
+    return TASKS["text-classification"].collator(tokenizer, None)
 
 
 def sentences(count, seed=0):
@@ -76,8 +83,8 @@ KEYS = ("input_ids", "attention_mask", "labels")
 
 
 def test_every_example_comes_once_with_others_of_its_length(data, tokenizer):
-    train = labelled(load_texts(data), tokenizer, data)["train"]
-    batches = Batches(train, tokenizer, batch_size=5)
+    train = labelled(load_splits(data), tokenizer, data)["train"]
+    batches = Batches(train, padding(tokenizer), batch_size=5)
     assert len(batches) == 5
     assert [len(batch["labels"]) for batch in batches] == [5, 5, 5, 5, 4]
     wanted = [(tuple(tokenizer(row["text"])["input_ids"]), row["label"]) for row in sentences(24)]
@@ -91,9 +98,9 @@ def test_every_example_comes_once_with_others_of_its_length(data, tokenizer):
 
 
 def test_batches_are_the_same_every_time(data, tokenizer):
-    train = labelled(load_texts(data), tokenizer, data)["train"]
-    batches = Batches(train, tokenizer, batch_size=7)
-    again = Batches(train, tokenizer, batch_size=7)
+    train = labelled(load_splits(data), tokenizer, data)["train"]
+    batches = Batches(train, padding(tokenizer), batch_size=7)
+    again = Batches(train, padding(tokenizer), batch_size=7)
     for one, two, three in zip(batches, batches, again, strict=True):
         assert all(one[n].equal(two[n]) and one[n].equal(three[n]) for n in KEYS)
     assert batches[0]["input_ids"].equal(next(iter(batches))["input_ids"])
@@ -103,11 +110,11 @@ def test_batches_are_the_same_every_time(data, tokenizer):
 
 
 def test_a_limit_takes_the_first_examples(data, tokenizer):
-    train = labelled(load_texts(data), tokenizer, data)["train"]
-    some = examples(Batches(train, tokenizer, batch_size=4, limit=6))
+    train = labelled(load_splits(data), tokenizer, data)["train"]
+    some = examples(Batches(train, padding(tokenizer), batch_size=4, limit=6))
     first = [(tuple(tokenizer(r["text"])["input_ids"]), r["label"]) for r in sentences(24)[:6]]
     assert sorted(some) == sorted(first)
-    assert len(examples(Batches(train, tokenizer, batch_size=4, limit=1000))) == 24
+    assert len(examples(Batches(train, padding(tokenizer), batch_size=4, limit=1000))) == 24
 
 
 def test_long_texts_are_cut_and_pairs_are_joined(tmp_path, tokenizer):
@@ -115,7 +122,7 @@ def test_long_texts_are_cut_and_pairs_are_joined(tmp_path, tokenizer):
     files = write(tmp_path, train=rows, dev=rows, test=rows)
     columns = {"text": "one", "text_pair": "two", "label": "class", "max_length": 12}
     data = Data(files.train, files.dev, files.test, **columns)
-    (example,) = labelled(load_texts(data), tokenizer, data)["train"]
+    (example,) = labelled(load_splits(data), tokenizer, data)["train"]
     expected = tokenizer(rows[0]["one"], rows[0]["two"], truncation=True, max_length=12)
     assert example["input_ids"] == expected["input_ids"]
     assert len(example["input_ids"]) == 12
@@ -125,7 +132,7 @@ def test_long_texts_are_cut_and_pairs_are_joined(tmp_path, tokenizer):
 
 def test_blocks_hold_every_token_in_order(data, tokenizer):
     data = Data(data.train, data.dev, data.test, max_length=8)
-    made = blocks(load_texts(data), tokenizer, data)
+    made = blocks(load_splits(data), tokenizer, data)
     stream = [
         token
         for row in sentences(24)
@@ -137,7 +144,7 @@ def test_blocks_hold_every_token_in_order(data, tokenizer):
     assert {row[0] for row in rows} == {tokenizer.bos_token_id}
     assert [token for row in rows for token in row[1:]] == stream[: 7 * len(rows)]
     assert made["train"]["labels"] == rows
-    (batch, *_) = Batches(made["train"], tokenizer, 3)
+    (batch, *_) = Batches(made["train"], padding(tokenizer), 3)
     assert batch["labels"].shape == batch["input_ids"].shape == (3, 8)
     assert batch["attention_mask"].all()
 
@@ -146,7 +153,7 @@ def test_blocks_without_a_first_token(data):
     tokenizer = tiny_tokenizer()
     tokenizer.bos_token = None
     data = Data(data.train, data.dev, data.test, max_length=8)
-    rows = blocks(load_texts(data), tokenizer, data)["dev"]["input_ids"]
+    rows = blocks(load_splits(data), tokenizer, data)["dev"]["input_ids"]
     assert {len(row) for row in rows} == {8}
     assert 1 not in {row[0] for row in rows}
 
@@ -154,14 +161,14 @@ def test_blocks_without_a_first_token(data):
 def test_too_few_tokens_for_a_block(data, tokenizer):
     data = Data(data.train, data.dev, data.test, max_length=80)
     with pytest.raises(DataError, match=r"data\.dev has fewer than 79 tokens"):
-        blocks(load_texts(data), tokenizer, data)
+        blocks(load_splits(data), tokenizer, data)
 
 
 @pytest.mark.parametrize("make", [labelled, blocks])
 def test_a_missing_text_column_names_the_nearest(make, data, tokenizer):
     data = Data(data.train, data.dev, data.test, text="txt")
     with pytest.raises(DataError, match=r"data\.train: Unknown column 'txt'\. Did you mean 'text'"):
-        make(load_texts(data), tokenizer, data)
+        make(load_splits(data), tokenizer, data)
 
 
 def test_missing_labels(tmp_path, tokenizer):
@@ -169,8 +176,8 @@ def test_missing_labels(tmp_path, tokenizer):
     data = write(tmp_path, train=sentences(4), dev=sentences(4), test=bare)
     message = r"data\.test: Unknown column 'label'\. Available: text\. Name it in `data`"
     with pytest.raises(DataError, match=message):
-        labelled(load_texts(data), tokenizer, data)
-    assert blocks(load_texts(data), tokenizer, Data(data.train, data.dev, data.test, max_length=4))
+        labelled(load_splits(data), tokenizer, data)
+    assert blocks(load_splits(data), tokenizer, Data(data.train, data.dev, data.test, max_length=4))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +198,7 @@ def test_a_split_without_examples(name, text, tmp_path):
     (tmp_path / name).write_text(text)
     message = rf"^data\.dev \(.*{name}\) has no examples that can be read as \w+: .+$"
     with pytest.raises(DataError, match=message) as caught:
-        load_texts(Data(files.train, str(tmp_path / name), files.test))
+        load_splits(Data(files.train, str(tmp_path / name), files.test))
     assert "\n" not in str(caught.value)
 
 
@@ -202,7 +209,7 @@ def test_a_label_that_is_no_class(wrong, tmp_path, tokenizer):
     with pytest.raises(
         DataError, match=f"data.dev: the 'label' of example 0 is {wrong!r}; it must"
     ):
-        labelled(load_texts(data), tokenizer, data)
+        labelled(load_splits(data), tokenizer, data)
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet", "json"])
@@ -211,14 +218,14 @@ def test_other_kinds_of_file(ending, tmp_path, data):
 
     path = tmp_path / f"train.{ending}"
     getattr(Dataset.from_list(sentences(4)), f"to_{ending}")(path)
-    assert load_texts(Data(str(path), data.dev, data.test))["train"].to_list() == sentences(4)
+    assert load_splits(Data(str(path), data.dev, data.test))["train"].to_list() == sentences(4)
 
 
 def test_files_have_no_commit(data):
     """Hub datasets have: see tests/publishing/test_hub.py, where there is a Hub."""
-    assert commit_of(load_texts(data)["train"]) is None
+    assert commit_of(load_splits(data)["train"]) is None
 
 
 def test_an_unknown_kind_of_file(tmp_path, data):
     with pytest.raises(DataError, match=r"Unknown kind of data file 'jsnl'\. Did you mean 'jso"):
-        load_texts(Data(str(tmp_path / "train.jsnl"), data.dev, data.test))
+        load_splits(Data(str(tmp_path / "train.jsnl"), data.dev, data.test))

@@ -13,7 +13,18 @@ FLOORS = (
     {"planning"},
     {"recovery", "evaluation"},
     {"publishing"},
-    {"data", "recipe", "pruning", "processes", "rounds", "training", "steps", "pipeline"},
+    {
+        "data",
+        "examples",
+        "tasks",
+        "recipe",
+        "pruning",
+        "processes",
+        "rounds",
+        "training",
+        "steps",
+        "pipeline",
+    },
     {"cli"},
     {"hfprune"},  # the public names
 )

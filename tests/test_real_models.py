@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import hfprune
-from hfprune.data import Batches, blocks, load_texts
+from hfprune.data import Batches, load_splits
 from hfprune.evaluation.evaluate import evaluate_perplexity
+from hfprune.examples import blocks
 from hfprune.recipe import Recipe
+from hfprune.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
 CACHE = Path(os.environ.get("HFPRUNE_CACHE", ROOT / ".cache"))
@@ -60,9 +62,10 @@ def test_gemma_prunes_compensates_reloads_and_generates(tmp_path):
     fetched("movie")
     recipe = Recipe.load(ROOT / "recipes" / "gemma3" / "270m-movie.yaml")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    data = blocks(load_texts(recipe.data), tokenizer, recipe.data)
-    calibration = list(Batches(data["train"], tokenizer, 2, 6))
-    test = list(Batches(data["test"], tokenizer, 2, 4))
+    data = blocks(load_splits(recipe.data), tokenizer, recipe.data)
+    collate = TASKS["text-generation"].collator(tokenizer, None)
+    calibration = list(Batches(data["train"], collate, 2, 6))
+    test = list(Batches(data["test"], collate, 2, 4))
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     vars(model).update(hf_quantizer=None, is_quantized=False)
     del model.config.quantization_config

@@ -126,7 +126,7 @@ def test_an_unknown_key_names_its_place_and_the_nearest(path, near, values, tmp_
         ("measure.batch_sizes", [1, "2"]),
         ("prune.protect", "encoder.layer.0"),
         ("prune.uniform", "yes please"),
-        ("task", "translation"),
+        ("task", "translating"),
         ("task", 3),
         ("task", ["text-generation"]),
     ],

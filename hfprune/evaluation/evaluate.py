@@ -6,11 +6,11 @@ also what the bootstrap computes on every resample, so value and interval cannot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,13 +19,32 @@ from hfprune.errors import DataError, unknown
 if TYPE_CHECKING:
     import torch
 
-METRICS: dict[str, tuple[str, str | None]] = {
-    "accuracy": ("accuracy", None),
-    "f1_binary": ("f1", "binary"),
-    "f1_macro": ("f1", "macro"),
-    "perplexity": ("perplexity", None),
+
+class Metric(NamedTuple):
+    """Where a metric is computed.
+
+    Attributes:
+        folder: of its `evaluate` module in `metrics/`.
+        config: the module's configuration.
+        given: its input that does not depend on the model: by it two runs know that they saw the
+            same examples.
+    """
+
+    folder: str
+    config: str | None
+    given: str
+
+
+METRICS = {
+    "accuracy": Metric("accuracy", None, "references"),
+    "answer_f1": Metric("answers", "f1", "question"),
+    "entity_f1": Metric("entities", None, "labelled"),
+    "exact_match": Metric("answers", "exact_match", "question"),
+    "f1_binary": Metric("f1", "binary", "references"),
+    "f1_macro": Metric("f1", "macro", "references"),
+    "perplexity": Metric("perplexity", None, "tokens"),
 }
-"""Name of a metric -> folder of its `evaluate` module in `metrics/`, and the configuration."""
+_OF_CLASSES = {name for name, metric in METRICS.items() if metric.given == "references"}
 
 RESAMPLES = 1000
 """How often the bootstrap draws the examples anew."""
@@ -46,7 +65,8 @@ class Quality:
         value: The metric over all examples; accuracy and F1 as a share from 0 to 1.
         low: Lower end of the 95 % bootstrap interval.
         high: Upper end of it.
-        examples: How many examples (sentences, sequences) were scored.
+        examples: How many examples (sentences, sequences, questions) were scored.
+        beside: Other metrics of the same predictions, by name, over all examples.
         per_example: The metric's inputs, one row per example, for `paired_difference`. They stay
             out of the JSON, and are None on a Quality that was read back.
     """
@@ -56,6 +76,7 @@ class Quality:
     low: float
     high: float
     examples: int
+    beside: Mapping[str, float] = field(default_factory=dict)
     per_example: Columns | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,6 +87,7 @@ class Quality:
             "low": self.low,
             "high": self.high,
             "examples": self.examples,
+            "beside": dict(self.beside),
         }
 
     @classmethod
@@ -112,9 +134,9 @@ def load_metric(name: str) -> Any:
         raise DataError(unknown("metric", name, METRICS))
     import evaluate
 
-    folder, config = METRICS[name]
-    path = Path(__file__).parent / "metrics" / folder
-    return evaluate.load(str(path), config, keep_in_memory=True)
+    metric = METRICS[name]
+    path = Path(__file__).parent / "metrics" / metric.folder
+    return evaluate.load(str(path), metric.config, keep_in_memory=True)
 
 
 def evaluate_classification(
@@ -138,14 +160,13 @@ def evaluate_classification(
         DataError: No examples, no labels, labels that are not class numbers, logits that are not
             finite, or an unknown metric.
     """
-    classification = METRICS.keys() - {"perplexity"}
-    if metric not in classification:
-        raise DataError(unknown("classification metric", metric, classification))
+    if metric not in _OF_CLASSES:
+        raise DataError(unknown("classification metric", metric, _OF_CLASSES))
     predictions: list[np.ndarray] = []
     references: list[np.ndarray] = []
     with inference(model) as device:
-        for batch in _bar(batches, metric, progress):
-            labels = _labels(batch)
+        for batch in progress_bar(batches, metric, progress):
+            labels = labels_of(batch)
             logits = model(**model_inputs(batch, device)).logits
             if labels.is_floating_point() or labels.shape != logits.shape[:1] or logits.ndim != 2:
                 raise DataError(
@@ -166,7 +187,7 @@ def evaluate_classification(
         "predictions": np.concatenate(predictions),
         "references": np.concatenate(references),
     }
-    return _quality(metric, columns, seed)
+    return quality_of(metric, columns, seed)
 
 
 def evaluate_perplexity(
@@ -176,12 +197,14 @@ def evaluate_perplexity(
     progress: bool = True,
     seed: int = 0,
 ) -> Quality:
-    """Perplexity of a causal language model; the interval resamples whole sequences.
+    """Perplexity of a causal language model, or of what an encoder-decoder is to write; the
+    interval resamples whole sequences.
 
     Args:
         model: Called with a batch's tensors; its output has `logits` (batch, tokens, vocabulary).
-        batches: Dicts of tensors; `labels` (batch, tokens) are the input ids, -100 where a token
-            is not to be predicted (padding). Sequences that predict no token are left out.
+        batches: Dicts of tensors; `labels` (batch, tokens) are the input ids, or the target's of an
+            encoder-decoder, whose `decoder_input_ids` are given too; -100 where a token is not to
+            be predicted (padding). Sequences that predict no token are left out.
         progress: Show a bar once it takes longer than two seconds.
         seed: Of the bootstrap.
 
@@ -192,17 +215,23 @@ def evaluate_perplexity(
 
     nll: list[float] = []
     tokens: list[int] = []
+    # A causal model's position t predicts token t + 1; a decoder's inputs are shifted already.
+    config = getattr(model, "config", None)
+    ahead = 0 if getattr(config, "is_encoder_decoder", False) else 1
     with inference(model) as device:
-        for batch in _bar(batches, "perplexity", progress):
-            labels = _labels(batch)
+        for batch in progress_bar(batches, "perplexity", progress):
+            labels = labels_of(batch)
             logits = model(**model_inputs(batch, device)).logits
             # One sequence at a time: a float32 copy of all logits would dwarf the model.
             for predicted, label in zip(logits, labels, strict=True):
-                target = label[1:].to(device)  # (tokens - 1,): position t predicts token t + 1
+                target = label[ahead:].to(device)  # (tokens - ahead,)
                 counted = int((target != IGNORED).sum())
                 if counted:
                     loss = cross_entropy(
-                        predicted[:-1].float(), target, ignore_index=IGNORED, reduction="sum"
+                        predicted[: len(target)].float(),
+                        target,
+                        ignore_index=IGNORED,
+                        reduction="sum",
                     )
                     nll.append(loss.item())
                     tokens.append(counted)
@@ -216,7 +245,7 @@ def evaluate_perplexity(
             "The model's likelihood of a sequence is NaN or zero: check its weights, or evaluate "
             "in float32."
         )
-    return _quality("perplexity", {"nll": np.array(nll), "tokens": np.array(tokens)}, seed)
+    return quality_of("perplexity", {"nll": np.array(nll), "tokens": np.array(tokens)}, seed)
 
 
 def paired_difference(first: Quality, second: Quality, *, seed: int = 0) -> Difference:
@@ -236,7 +265,7 @@ def paired_difference(first: Quality, second: Quality, *, seed: int = 0) -> Diff
             "come from the evaluation."
         )
     before, after = first.per_example, second.per_example
-    given = "tokens" if first.metric == "perplexity" else "references"
+    given = METRICS[first.metric].given
     if not np.array_equal(before[given], after[given]):
         raise DataError(
             f"The two runs saw different examples ({first.examples} and {second.examples}; their "
@@ -265,11 +294,18 @@ def inference(model: torch.nn.Module) -> Iterator[torch.device]:
 def model_inputs(
     batch: Mapping[str, torch.Tensor], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """The batch without its labels (no loss is wanted), on the model's device."""
-    return {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+    """The batch without its right answers (no loss is wanted), on the model's device."""
+    from hfprune.importance.losses import ANSWERS
+
+    return {name: tensor.to(device) for name, tensor in batch.items() if name not in ANSWERS}
 
 
-def _labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def labels_of(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A batch's labels.
+
+    Raises:
+        DataError: it has none.
+    """
     if "labels" not in batch:
         raise DataError(
             f"A batch without labels: it has {', '.join(sorted(batch)) or 'nothing'}; add the "
@@ -278,7 +314,8 @@ def _labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return batch["labels"]
 
 
-def _bar(batches: Iterable[Any], what: str, progress: bool) -> Iterable[Any]:
+def progress_bar(batches: Iterable[Any], what: str, progress: bool) -> Iterable[Any]:
+    """The batches, with a bar once it takes longer than two seconds."""
     from tqdm import tqdm
 
     return tqdm(batches, desc=what, unit="batch", delay=2, leave=False, disable=not progress)
@@ -299,11 +336,13 @@ def _rows(columns: Columns, drawn: np.ndarray) -> Columns:
     return {name: column[drawn] for name, column in columns.items()}
 
 
-def _quality(metric: str, columns: Columns, seed: int) -> Quality:
+def quality_of(metric: str, columns: Columns, seed: int, beside: Sequence[str] = ()) -> Quality:
+    """A metric of its inputs, with a bootstrap interval, and others of the same inputs without."""
     statistic = _statistic(metric)
     examples = len(next(iter(columns.values())))
     low, high = _bootstrap(lambda drawn: statistic(_rows(columns, drawn)), examples, seed)
-    return Quality(metric, statistic(columns), low, high, examples, per_example=columns)
+    others = {name: _statistic(name)(columns) for name in beside}
+    return Quality(metric, statistic(columns), low, high, examples, others, per_example=columns)
 
 
 def _bootstrap(

@@ -22,7 +22,7 @@ Batch = Mapping[str, torch.Tensor]
 Loss = Callable[[PreTrainedModel, Batch], torch.Tensor]
 
 IGNORED = -100  # label of a position without a loss, in all of transformers
-_ANSWERS = ("labels", "start_positions", "end_positions")
+ANSWERS = ("labels", "start_positions", "end_positions")  # what a batch is judged by
 _CAUSAL = frozenset(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 _TOKEN_LEVEL = _CAUSAL.union(
     *(
@@ -131,7 +131,7 @@ def logits_loss(model: PreTrainedModel, batch: Batch, seed: int = 0) -> torch.Te
 def _predictions(model: PreTrainedModel, batch: Batch) -> Mapping[str, torch.Tensor]:
     """What the model says about a batch, whose labels serve only as the decoder's inputs."""
     decodes_labels = model.config.is_encoder_decoder and "decoder_input_ids" not in batch
-    answers = _ANSWERS[1:] if decodes_labels else _ANSWERS
+    answers = ANSWERS[1:] if decodes_labels else ANSWERS
     outputs = model(**{name: tensor for name, tensor in batch.items() if name not in answers})
     if "logits" not in outputs and "start_logits" not in outputs:
         raise DataError(
@@ -144,7 +144,7 @@ def _predictions(model: PreTrainedModel, batch: Batch) -> Mapping[str, torch.Ten
 def _generator(batch: Batch, example: int, seed: int) -> torch.Generator:
     """Randomness of one example: from what is in it, without its padding, and the seed."""
     content = zlib.crc32(str(seed).encode())
-    for name in sorted(batch.keys() - set(_ANSWERS)):
+    for name in sorted(batch.keys() - set(ANSWERS)):
         row = batch[name][example]
         mask = batch.get("decoder_attention_mask" if "decoder" in name else "attention_mask")
         if mask is not None and mask[example].shape == row.shape:

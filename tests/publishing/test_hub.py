@@ -21,7 +21,7 @@ from huggingface_hub import HfApi, constants
 from test_data import sentences, tiny_tokenizer, write
 
 import hfprune
-from hfprune.data import commit_of, load_texts
+from hfprune.data import commit_of, load_splits
 from hfprune.errors import HfpruneError, PublishError
 from hfprune.publishing.hub import publish
 from hfprune.publishing.parcel import RECORD
@@ -537,10 +537,10 @@ def test_a_data_set_is_read_at_its_revision(hub, tmp_path, monkeypatch):
     commits = [put("good"), put("bad")]
     names = {"train": "train", "dev": "train", "test": "test"}
     for commit, text in zip(commits, ("good", "bad"), strict=True):
-        loaded = load_texts(Data(dataset="me/movies", revision=commit, **names))
+        loaded = load_splits(Data(dataset="me/movies", revision=commit, **names))
         assert {split: dataset["text"][0] for split, dataset in loaded.items()} == dict.fromkeys(
             names, text
         )
         assert {commit_of(dataset) for dataset in loaded.values()} == {commit}
-    latest = load_texts(Data(dataset="me/movies", **names))
+    latest = load_splits(Data(dataset="me/movies", **names))
     assert commit_of(latest["train"]) == commits[-1]

@@ -1,0 +1,209 @@
+"""What the tasks of recipes are: one row of one table each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hfprune import examples
+from hfprune.data import Batches, Collate, Row
+from hfprune.errors import RecipeError, unknown
+from hfprune.evaluation.evaluate import (
+    IGNORED,
+    Quality,
+    evaluate_classification,
+    evaluate_perplexity,
+)
+from hfprune.evaluation.extraction import evaluate_answers, evaluate_entities
+from hfprune.recipe import Data
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+Processor = Any
+"""A model's tokenizer, or its image processor."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task is, besides its name, which is the Hub's tag for models that do it.
+
+    Attributes:
+        auto_class: name of the transformers class that loads its models.
+        examples: the splits as loaded, the processor and the recipe's data -> the splits as
+            examples, rows of what a model is called with and of what it is judged by.
+        collate: the processor and the model's config -> a function from examples to a padded batch.
+        judge: a model, batches and a seed -> its quality, by the task's metric.
+        chosen_by: the metric on the dev split that chooses the best checkpoint; "loss" for the
+            model's own.
+        metric: computes it of a Trainer's predictions.
+        classes: the labels are classes, and the head has an output for each.
+        reads: "text" or "images".
+    """
+
+    auto_class: str
+    examples: Callable[[Mapping[str, Dataset], Processor, Data], dict[str, Dataset]]
+    collate: Callable[[Processor, PreTrainedConfig], Callable[[list[dict]], Mapping[str, Any]]]
+    judge: Callable[[PreTrainedModel, Batches, int], Quality]
+    chosen_by: str = "loss"
+    metric: Callable[[Any], float] | None = None
+    classes: bool = False
+    reads: str = "text"
+
+    def load_processor(self, model: str, **options: Any) -> Processor:
+        """The tokenizer, which pads, or the image processor of a model."""
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        if self.reads == "images":
+            return AutoImageProcessor.from_pretrained(model, **options)
+        tokenizer = AutoTokenizer.from_pretrained(model, **options)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def load(self, model: str, **options: Any) -> PreTrainedModel:
+        """A model with the task's head."""
+        import transformers
+
+        loaded: PreTrainedModel = getattr(transformers, self.auto_class).from_pretrained(
+            model, **options
+        )
+        return loaded
+
+    def collator(self, processor: Processor, config: PreTrainedConfig) -> Collate:
+        """What makes batches of examples: padded tensors, of nothing but the model's inputs."""
+        pad = self.collate(processor, config)
+
+        def collate(rows: Sequence[Row]) -> dict[str, Any]:
+            inputs = [{k: v for k, v in row.items() if k not in examples.BESIDE} for row in rows]
+            return dict(pad(inputs))
+
+        return collate
+
+    def compute_metrics(self, prediction: Any) -> dict[str, float]:
+        """The metric that chooses, as a Trainer asks for it."""
+        assert self.metric is not None
+        return {self.chosen_by: self.metric(prediction)}
+
+
+def task_named(name: str) -> Task:
+    """The row of a task.
+
+    Raises:
+        RecipeError: there is none of that name; the message has the nearest.
+    """
+    if name not in TASKS:
+        raise RecipeError(f"task: {unknown('task', name, TASKS)}")
+    return TASKS[name]
+
+
+def _padded(tokenizer: Processor, config: PreTrainedConfig) -> Callable:
+    from transformers import DataCollatorWithPadding
+
+    return DataCollatorWithPadding(tokenizer)
+
+
+def _padded_with_labels(tokenizer: Processor, config: PreTrainedConfig) -> Callable:
+    from transformers import DataCollatorForTokenClassification
+
+    return DataCollatorForTokenClassification(tokenizer)
+
+
+def _padded_both(tokenizer: Processor, config: PreTrainedConfig) -> Callable:
+    """Encoder's and decoder's inputs: who has no labels has the decoder's inputs all the same."""
+    import torch
+    from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
+
+    with torch.device("meta"):
+        shifts = AutoModelForSeq2SeqLM.from_config(config)
+    pad = DataCollatorForSeq2Seq(tokenizer, model=shifts)
+
+    def collate(rows: list[dict]) -> Mapping[str, Any]:
+        batch = pad(rows)
+        batch["decoder_attention_mask"] = (batch["labels"] != IGNORED).long()
+        return batch
+
+    return collate
+
+
+def _stacked(processor: Processor, config: PreTrainedConfig) -> Callable:
+    from transformers import default_data_collator
+
+    return default_data_collator
+
+
+def _classes(model: PreTrainedModel, batches: Batches, seed: int) -> Quality:
+    return evaluate_classification(model, batches, seed=seed)
+
+
+def _perplexity(model: PreTrainedModel, batches: Batches, seed: int) -> Quality:
+    return evaluate_perplexity(model, batches, seed=seed)
+
+
+def _entities(model: PreTrainedModel, batches: Batches, seed: int) -> Quality:
+    return evaluate_entities(model, batches, seed=seed)
+
+
+def _answers(model: PreTrainedModel, batches: Batches, seed: int) -> Quality:
+    return evaluate_answers(model, batches.with_rows(), seed=seed)
+
+
+def _right(prediction: Any) -> float:
+    """Share of labels that are predicted: of examples, or of tokens that have one."""
+    labels = prediction.label_ids
+    counted = labels != IGNORED
+    return float((prediction.predictions.argmax(-1) == labels)[counted].mean())
+
+
+def _right_places(prediction: Any) -> float:
+    """Share of windows whose answer is predicted from its first token to its last."""
+    pairs = zip(prediction.predictions, prediction.label_ids, strict=True)
+    start, end = (logits.argmax(-1) == places for logits, places in pairs)
+    return float((start & end).mean())
+
+
+_WRITING = Task("AutoModelForSeq2SeqLM", examples.rewritten, _padded_both, _perplexity)
+
+TASKS: dict[str, Task] = {
+    "text-classification": Task(
+        "AutoModelForSequenceClassification",
+        examples.labelled,
+        _padded,
+        _classes,
+        "accuracy",
+        _right,
+        classes=True,
+    ),
+    "image-classification": Task(
+        "AutoModelForImageClassification",
+        examples.pictures,
+        _stacked,
+        _classes,
+        "accuracy",
+        _right,
+        classes=True,
+        reads="images",
+    ),
+    "token-classification": Task(
+        "AutoModelForTokenClassification",
+        examples.tagged,
+        _padded_with_labels,
+        _entities,
+        "accuracy",
+        _right,
+        classes=True,
+    ),
+    "question-answering": Task(
+        "AutoModelForQuestionAnswering",
+        examples.answered,
+        _padded,
+        _answers,
+        "exact_match",
+        _right_places,
+    ),
+    "text-generation": Task("AutoModelForCausalLM", examples.blocks, _padded, _perplexity),
+    "summarization": _WRITING,
+    "translation": _WRITING,
+}
