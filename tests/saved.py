@@ -11,7 +11,7 @@ from hfprune.evaluation.measure import Latency, Measurement
 from hfprune.planning.budget import Budget
 from hfprune.planning.plan import PruningPlan
 from hfprune.publishing.figures import draw_kept
-from hfprune.publishing.report import Report, Variant
+from hfprune.publishing.report import Report, Variant, weights_of
 from hfprune.recipe import Recipe
 from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.surgery import copy_and_cut
@@ -43,8 +43,8 @@ def save(folder, seed=0, base=None, **options):
     return folder
 
 
-def report(names=("dense", "distilled"), metric="accuracy"):
-    """A report of made-up figures, all different."""
+def report(names=("dense", "distilled"), metric="accuracy", run=None):
+    """A report of made-up figures, all different, on the models of a run's folder."""
 
     def variant(index, name):
         latency = {1: Latency(0.002 - index / 1e4, 0.001, 0.003, 7)}
@@ -55,6 +55,7 @@ def report(names=("dense", "distilled"), metric="accuracy"):
             params=20_000_000 - index * 1_000_000,
             macs=400_000_000 - index * 10_000_000,
             measured=Measurement("cpu", 2, latency, None, 91_000_000 - index),
+            weights=weights_of(run / name) if run else {},
         )
 
     variants = tuple(variant(*pair) for pair in enumerate(names))
@@ -86,7 +87,7 @@ def run(folder, base=None, commits=None, **changes):
     texts = {
         "steps.json": json.dumps({"dense": {"commits": commits or {}}}),
         "reloaded.json": json.dumps({"model": "distilled"}),
-        "report.json": json.dumps(report().to_dict()),
+        "report.json": json.dumps(report(run=folder).to_dict()),
         "report.md": report().markdown(),
         "recipe.yaml": yaml.safe_dump(RECIPE | changes),
     }

@@ -49,9 +49,10 @@ def base_of(parcel: Parcel) -> tuple[str, str] | None:
 
 
 def task_of(parcel: Parcel) -> str | None:
-    """The Hub's name for what the model does; None where its class does not say."""
+    """The Hub's name for what the model does: its recipe's, or what its class says; else None."""
     (cls, *_) = parcel.config.get("architectures") or [""]
-    return next((task for ending, task in _TASKS.items() if cls.endswith(ending)), None)
+    named = next((task for ending, task in _TASKS.items() if cls.endswith(ending)), None)
+    return parcel.recipe.get("task") or named
 
 
 def card(
@@ -146,7 +147,7 @@ def _results(parcel: Parcel) -> list[EvalResult]:
     """What was measured on the test split, for model-index."""
     from huggingface_hub import EvalResult
 
-    report, data, task = _measured(parcel), parcel.recipe.get("data"), task_of(parcel)
+    report, data, task = parcel.report, parcel.recipe.get("data"), task_of(parcel)
     if report is None or not data or not task:
         return []
     quality = report.result.quality
@@ -165,15 +166,9 @@ def _results(parcel: Parcel) -> list[EvalResult]:
     ]
 
 
-def _measured(parcel: Parcel) -> Report | None:
-    """The report, if it is of the published model."""
-    report = parcel.report
-    return report if report and report.result.name == parcel.name else None
-
-
 def _page(parcel: Parcel, repo_id: str, revision: str | None) -> str:
     """The part of the page that hfprune writes."""
-    report = _measured(parcel)
+    report = parcel.report
     base = base_of(parcel)
     text = template("card.md.jinja").render(
         title=repo_id.split("/")[-1],
@@ -300,7 +295,7 @@ def _training(settings: Mapping[str, Any]) -> str:
 
 
 def _limits(parcel: Parcel) -> list[str]:
-    report = _measured(parcel)
+    report = parcel.report
     lines = (
         report.caveats()
         if report

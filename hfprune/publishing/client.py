@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from hfprune.errors import HfpruneError, PublishError
+from hfprune.files import sha256_of
 from hfprune.publishing.card import base_of
 from hfprune.publishing.page import FIGURES
 from hfprune.publishing.parcel import CARD, OURS, Parcel
@@ -254,8 +255,7 @@ def left_over(there: Mapping[str, str], files: Mapping[str, Path | bytes]) -> li
 def digest(file: Path | bytes, kind: str) -> str:
     """The sha256 of a content, or git's name of it ("git")."""
     if kind == "sha256" and isinstance(file, Path):
-        with file.open("rb") as opened:  # weights need not fit into memory twice
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        return sha256_of(file)
     content = file if isinstance(file, bytes) else file.read_bytes()
     if kind == "sha256":
         return hashlib.sha256(content).hexdigest()

@@ -19,7 +19,7 @@ from hfprune.errors import PublishError
 from hfprune.files import write_whole
 from hfprune.planning.plan import PruningPlan
 from hfprune.publishing.page import FIGURES
-from hfprune.publishing.report import Report
+from hfprune.publishing.report import Report, weights_of
 from hfprune.publishing.secrets import refuse_secrets
 from hfprune.structure.modeling_hfprune import KEY
 
@@ -31,7 +31,8 @@ CARD = "README.md"
 _MODEL = {".safetensors", ".json", ".jinja", ".txt", ".model", ".spm", ".codes", ".tiktoken"}
 _NOT_MODEL = {RECORD, "trainer_state.json"}
 _BESIDE = ("plan.json", "kept.png")
-_OF_RUN = {"report.json", "report.md", "report.html"}
+REPORT = "report.json"
+_OF_RUN = {REPORT, "report.md", "report.html"}
 _FIGURES = (f"{FIGURES}/*.png", f"{FIGURES}/*.svg")
 OURS = frozenset({SHIM, "recipe.yaml", *_BESIDE, *_OF_RUN})
 """What is published beside the model and its tokenizer, but for the card and the figures."""
@@ -50,8 +51,7 @@ class Parcel:
         config: of the model, as in config.json.
         recipe: of the run, as in its recipe.yaml; {} without a run.
         plan: by which it was pruned last; None where it is not there.
-        report: of the run; None without one.
-        name: of the model among the report's variants.
+        report: whose result is this model; None if it was not measured.
     """
 
     model: Path
@@ -61,7 +61,6 @@ class Parcel:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     plan: PruningPlan | None = None
     report: Report | None = None
-    name: str = ""
 
     @property
     def size(self) -> int:
@@ -83,7 +82,9 @@ class Parcel:
 
 
 @contextmanager
-def packed(source: PreTrainedModel | str | os.PathLike[str], processor: Any) -> Iterator[Parcel]:
+def packed(
+    source: PreTrainedModel | str | os.PathLike[str], processor: Any = None
+) -> Iterator[Parcel]:
     """The parcel of a model in memory, of a saved model's folder, or of a run's.
 
     Args:
@@ -103,7 +104,7 @@ def packed(source: PreTrainedModel | str | os.PathLike[str], processor: Any) -> 
                 if part is not None:
                     part.save_pretrained(temporary)
             saved = Path(temporary)
-            yield _parcel_of(saved, saved, saved)
+            yield parcel_of(saved, saved, saved)
         return
     if processor is not None:
         raise PublishError("A folder is published with its own tokenizer; give none.")
@@ -111,58 +112,78 @@ def packed(source: PreTrainedModel | str | os.PathLike[str], processor: Any) -> 
     if not folder.is_dir():
         raise PublishError(f"There is no folder {folder}; give the folder of a run or a model.")
     if (folder / "steps.json").is_file():
-        name = _result_of(folder)
-        yield _parcel_of(folder / name, (folder / name).parent, folder, name)
+        name = result_of(folder)
+        yield parcel_of(folder / name, (folder / name).parent, folder)
     else:
-        yield _parcel_of(folder, folder, folder)
+        yield parcel_of(folder, folder, folder)
 
 
-def _result_of(run: Path) -> str:
-    """The name of a run's last model, which was reloaded and compared."""
-    missing = [name for name in ("reloaded.json", "report.json") if not (run / name).is_file()]
+def result_of(run: Path) -> str:
+    """The name of a run's last model, which was reloaded, compared and measured.
+
+    Raises:
+        PublishError: the run is not finished, or no longer.
+    """
+    missing = [name for name in ("reloaded.json", REPORT) if not (run / name).is_file()]
     if missing:
         raise PublishError(
             f"The run in {run} is not finished: it has no {' and no '.join(missing)}. Go on with"
             " `hfprune run`, or give the folder of one of its models."
         )
-    return str(json.loads((run / "reloaded.json").read_text())["model"])
+    name = str(json.loads((run / "reloaded.json").read_text())["model"])
+    if report_of(run / name, run) is None:
+        raise PublishError(
+            f"The report in {run} is of another model than {name}, which was made anew since. Go on"
+            " with `hfprune run`, or give the folder of the model, to publish it without a report."
+        )
+    return name
 
 
-def _parcel_of(model: Path, beside: Path, run: Path, name: str = "") -> Parcel:
+def report_of(model: Path, papers: Path) -> Report | None:
+    """The report that lies in a folder, if its result is this model, with these weights."""
+    try:
+        text = (papers / REPORT).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    report = Report.from_dict(json.loads(text))
+    return report if report.result.weights == weights_of(model) else None
+
+
+def parcel_of(model: Path, beside: Path, papers: Path) -> Parcel:
     """The parcel of a model's folder.
 
     Args:
         model: the folder.
         beside: where its plan and picture lie.
-        run: where recipe and report lie.
-        name: of the model in the report.
+        papers: where recipe and report lie.
     """
-    config = _config_of(model)
+    config, report = _config_of(model), report_of(model, papers)
     files: dict[str, Path | bytes] = {}
     left_out = []
     for path in sorted(p for p in model.rglob("*") if p.is_file()):
         inside = path.relative_to(model).as_posix()
         if _belongs(inside):
             files[inside] = path
-        elif inside not in (CARD, RECORD):
+        elif inside not in (CARD, RECORD) and not (report and _reports(inside)):
             left_out.append(inside)
     if not any(inside.endswith(".safetensors") for inside in files):
         raise PublishError(f"{model} has no weights in safetensors files.")
-    for place, patterns in ((beside, _BESIDE), (run, (*_OF_RUN, *_FIGURES))):
+    measured = (*_OF_RUN, *_FIGURES) if report else ()
+    for place, patterns in ((beside, _BESIDE), (papers, measured)):
         for path in sorted(p for pattern in patterns for p in place.glob(pattern)):
             files[path.relative_to(place).as_posix()] = path
     recipe = {}
     with suppress(FileNotFoundError):
-        said = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-        _pin(said, run)
+        said = yaml.safe_load((papers / "recipe.yaml").read_text(encoding="utf-8"))
+        _pin(said, papers)
         places = sorted(_places(said), key=len, reverse=True)
         recipe = _without_places(said, places)
         files["recipe.yaml"] = yaml.safe_dump(recipe, sort_keys=False).encode()
         for inside in _OF_RUN & files.keys():
-            text = _without_places((run / inside).read_text(encoding="utf-8"), places)
+            text = _without_places((papers / inside).read_text(encoding="utf-8"), places)
             files[inside] = text.encode()
     _look_through(files, recipe)
-    plan, report = beside / "plan.json", run / "report.json"
+    plan = beside / "plan.json"
     return Parcel(
         model=model,
         files=files,
@@ -170,17 +191,21 @@ def _parcel_of(model: Path, beside: Path, run: Path, name: str = "") -> Parcel:
         config=config,
         recipe=recipe,
         plan=PruningPlan.load(plan) if plan.is_file() else None,
-        report=Report.from_dict(json.loads(report.read_text())) if report.is_file() else None,
-        name=name,
+        report=report,
     )
 
 
 def _belongs(name: str) -> bool:
     """Whether a file of a model's folder is part of the model: no pickles, no hidden files."""
     path = Path(name)
-    if any(part.startswith(".") for part in path.parts) or name in _NOT_MODEL:
+    if any(part.startswith(".") for part in path.parts) or name in _NOT_MODEL or _reports(name):
         return False
     return name == SHIM or path.suffix in _MODEL
+
+
+def _reports(name: str) -> bool:
+    """Whether a file tells what was measured."""
+    return name in _OF_RUN or name.startswith(f"{FIGURES}/")
 
 
 def _config_of(model: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import saved
@@ -155,6 +156,10 @@ def test_a_stock_model_needs_no_trust(tmp_path):
     assert ModelCard(text).data.pipeline_tag == "text-generation"
 
 
+def test_what_a_model_of_many_uses_is_for_says_its_recipe(tmp_path):
+    assert data_of(saved.run(tmp_path, task="summarization")).pipeline_tag == "summarization"
+
+
 def test_peoples_words_and_metadata_stay(run, folder):
     mine = (
         f"---\nlicense: mit\nextra: 1\ntags: [mine]\n---\n\n# Read me\n\n{BEGIN}\nold\n{END}\n\nBye"
@@ -200,11 +205,31 @@ def test_what_a_base_says_is_taken_over(hub, tmp_path):
     assert ModelCard.load("me/half").data.license == "other"  # it was on the card already
 
 
-def test_what_was_published_can_be_published_again(run, tmp_path):
+def test_what_was_published_can_be_published_again_with_its_quality(run, tmp_path):
     publish(run, "me/half", dry_run=tmp_path / "there", say=lambda line: None)
-    with packed(run, None) as first, packed(tmp_path / "there", None) as again:
+    with packed(run) as first, packed(tmp_path / "there") as again:
         assert first.files.keys() == again.files.keys()
         assert again.recipe == first.recipe
+    assert text_of(tmp_path / "there") == text_of(run)
+    (result,) = data_of(tmp_path / "there").eval_results
+    assert result.metric_value == 0.89
+
+
+def test_a_report_of_other_weights_is_not_published(run, tmp_path):
+    """A model that was trained on is not the one that was measured."""
+    publish(run, "me/half", dry_run=tmp_path / "there", say=lambda line: None)
+    saved.pruned(seed=1).save_pretrained(tmp_path / "there")
+    with packed(tmp_path / "there") as parcel:
+        assert parcel.report is None
+        assert not {"report.json", "report.md"} & parcel.files.keys()
+        assert {"report.json", "report.md"} <= set(parcel.left_out)
+    assert data_of(tmp_path / "there").eval_results is None
+    assert "was not measured" in text_of(tmp_path / "there")
+    # In a run, that is a result that was made anew, and not yet measured.
+    anew = shutil.copytree(run, tmp_path / "run")
+    saved.save(anew / "distilled", seed=1)
+    with pytest.raises(PublishError, match=r"of another model than distilled.*hfprune run"):
+        text_of(anew)
 
 
 def test_several_rounds_name_the_last_model(tmp_path):
@@ -214,7 +239,7 @@ def test_several_rounds_name_the_last_model(tmp_path):
         (run / name).rename(run / "round-2" / name)
     names = ("dense", "round-1/distilled", "round-2/distilled")
     (run / "reloaded.json").write_text(json.dumps({"model": names[-1]}))
-    (run / "report.json").write_text(json.dumps(saved.report(names).to_dict()))
+    (run / "report.json").write_text(json.dumps(saved.report(names, run=run).to_dict()))
     with packed(run, None) as parcel:
         assert {"plan.json", "kept.png", "model.safetensors"} <= parcel.files.keys()
         assert parcel.plan is not None and parcel.picture == "kept.png"
