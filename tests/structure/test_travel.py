@@ -142,6 +142,15 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.parametrize("family", ["t5", "bart", "llama"])
+def test_a_cache_that_was_switched_off_does_not_spoil_the_comparison(family, tmp_path):
+    """As the Trainer leaves it; t5's decoder, which has a config of its own, does not notice."""
+    model = cut_model(family)
+    model.config.use_cache = False
+    model.save_pretrained(tmp_path)
+    assert not hfprune.from_pretrained(tmp_path).config.use_cache
+
+
 @pytest.mark.parametrize("way", ["hfprune", "remote code"])
 def test_it_loads_where_there_is_no_network(way, tmp_path):
     model = cut_model("bert")
