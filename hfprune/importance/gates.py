@@ -93,7 +93,8 @@ def masked(model: PreTrainedModel, selection: Selection) -> Iterator[None]:
             whole = range(layers.units)
             for index in set(whole) - set(selection.get(layers.name, whole)):
                 layer = model.base_model.get_submodule(f"{layers.name}.{index}")
-                stack.callback(layer.register_forward_hook(_skip, with_kwargs=True).remove)
+                hook = layer.register_forward_hook(_skip, prepend=True, with_kwargs=True)
+                stack.callback(hook.remove)  # before those that collect hidden states
         for block in anatomy.experts:
             if block.name in selection:
                 _route_to(stack, moe_of(model, block)[0], sorted(selection[block.name]))
@@ -253,8 +254,13 @@ def recomputing(model: PreTrainedModel) -> Iterator[None]:
             for layer in model.base_model.get_submodule(row.layers).children():
                 before = vars(layer).get("forward")  # accelerate's, on a model that it dispatched
                 stack.callback(_restore, layer, "forward", before)
+                # To its end: a layer that stops early would keep the last weights it was brought.
                 layer.forward = functools.partial(
-                    checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+                    checkpoint,
+                    layer.forward,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    early_stop=False,
                 )
         yield
 

@@ -1,5 +1,6 @@
 """One process's scores are the oracle: several processes, sharded and offloaded weights, bf16."""
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ from accelerate import dispatch_model
 from launching import LAUNCHER, environment, free_port
 from test_gates import make
 from test_scoring import assert_same, rows
+from transformers import LlamaForCausalLM
 
 from hfprune.errors import UnsupportedModelError
-from hfprune.importance.scoring import Scores, rank_correlation, score
+from hfprune.importance.scoring import Gathering, Scores, rank_correlation, score
 from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.checkpoint import from_pretrained
 from hfprune.structure.surgery import copy_and_cut
@@ -124,6 +126,42 @@ def test_offloaded_weights_are_brought_as_they_are_needed(tmp_path):
     assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(UnsupportedModelError, match="offloaded: it can be scored"):
         copy_and_cut(model, tiny.selection(Anatomy.of(model)))
+
+
+def test_a_model_that_does_not_fit_is_scored_within_a_memory_cap(tmp_path, monkeypatch):
+    config = tiny.config("llama")
+    config.update({"num_hidden_layers": 8, "intermediate_size": 256, "layer_types": None})
+    model = LlamaForCausalLM(config).eval()
+    batch = tiny.batch(model)
+    batches = [batch | {"labels": batch["input_ids"]}] * 2
+    whole = score(model, batches, criteria=["fisher", "taylor"])
+    model.save_pretrained(tmp_path / "model")
+    weights = sum(p.nbytes for p in model.parameters())
+    layer = sum(p.nbytes for p in model.model.layers[0].parameters())
+    del model
+    cap = 2 * layer
+    model = from_pretrained(
+        tmp_path / "model",
+        device_map="auto",
+        max_memory={"cpu": cap},
+        offload_folder=tmp_path / "away",
+    )
+
+    def present():
+        tensors = [t for t in gc.get_objects() if type(t) is torch.nn.Parameter]
+        return sum({t.data_ptr(): t.nbytes for t in tensors if not t.is_meta}.values())
+
+    resident, seen, receive = present(), [], Gathering.receive
+
+    def spy(self, *arguments):
+        seen.append(present() - resident)
+        receive(self, *arguments)
+
+    monkeypatch.setattr(Gathering, "receive", spy)
+    assert resident <= cap < weights / 3
+    assert_same(score(model, batches, criteria=["fisher", "taylor"]), whole, rtol=1e-5, atol=1e-12)
+    assert 0 < max(seen) <= layer  # no more than the one that is computed
+    assert present() == resident
 
 
 def test_statistics_of_bf16_weights_are_wider():
