@@ -51,6 +51,9 @@ class DistillationArguments(TrainingArguments):
     skew: float = dataclasses.field(
         default=0.1, metadata={"help": "Teacher's share of the mixture when skewed; in (0, 1)."}
     )
+    dropout: bool = dataclasses.field(
+        default=False, metadata={"help": "Keep the student's dropout while it learns."}
+    )
 
     def __post_init__(self) -> None:
         """Validate the added fields, then everything TrainingArguments validates."""

@@ -49,6 +49,7 @@ from hfprune.recovery.parts import (
     mean_state_loss,
     outputs_of,
     task_loss,
+    without_dropout,
 )
 from hfprune.recovery.teacher_cache import ROW, Numbered, TeacherCache, numbered
 from hfprune.structure.checkpoint import from_pretrained
@@ -61,12 +62,13 @@ class DistillationTrainer(Trainer):
     """A Trainer whose loss compares the student with a teacher.
 
     The teacher runs in eval mode under no_grad, in its own dtype, on the student's device; it is
-    never wrapped, optimised or saved. In evaluation there is no teacher: `eval_loss` is the model's
-    own loss on held-out labels. A model without a head, as `AutoModel` loads it, has neither labels
-    nor logits: it learns the teacher's sentence embeddings (`embedding_weight`), `eval_loss` is
-    their distance on held-out texts, and `compute_metrics` is given the embeddings, (examples,
-    width), as predictions. With `args.load_best_model_at_end` the student as it came competes,
-    as checkpoint-0.
+    never wrapped, optimised or saved. The student has no dropout while it learns, unless
+    `args.dropout`: a small one needs all it has to answer as the teacher does. In evaluation there
+    is no teacher: `eval_loss` is the model's own loss on held-out labels. A model without a head,
+    as `AutoModel` loads it, has neither labels nor logits: it learns the teacher's sentence
+    embeddings (`embedding_weight`), `eval_loss` is their distance on held-out texts, and
+    `compute_metrics` is given the embeddings, (examples, width), as predictions. With
+    `args.load_best_model_at_end` the student as it came competes, as checkpoint-0.
 
     Exactness: every part is a mean over what it counts (labels that are not -100, examples, or
     positions that are not padding) in the whole accumulated batch of all processes. So N
@@ -166,7 +168,9 @@ class DistillationTrainer(Trainer):
         self._reset_parts()
         if self._cache is not None:
             self._prepare_cache(self._cache)
+        whole = contextlib.nullcontext() if self.args.dropout else without_dropout(self._student)
         with (
+            whole,
             use_cache(self._student, self.args.use_cache),
             use_cache(self.teacher, self.args.use_cache),
         ):
@@ -226,12 +230,12 @@ class DistillationTrainer(Trainer):
         states = {"output_hidden_states": True} if self.args.hidden_weight else {}
         with outputs_of(self._student_outlets) as student_outlets:
             student = model(**inputs, **states)
+        teacher: Mapping[str, Any] = {}
         with outputs_of(self._teacher_outlets) as teacher_outlets:
-            teacher: Mapping[str, Any] = (
-                self._teacher_outputs(inputs, states)
-                if self._cache is None or rows is None
-                else {"logits": self._cache.logits(rows, counted.predictions)}
-            )
+            if self._cache is not None and rows is not None:
+                teacher = {"logits": self._cache.logits(rows, counted.predictions)}
+            elif self._weights.keys() != {"task"}:  # which asks nothing of the teacher
+                teacher = self._teacher_outputs(inputs, states)
 
         parts: dict[str, Tensor] = {}
         if self.args.task_weight:

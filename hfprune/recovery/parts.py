@@ -97,3 +97,27 @@ def outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextlib.contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Within, the model drops nothing in training mode either; then as before.
+
+    Dropout is a module with a probability `p`, or a number that the attention or the layer reads
+    by itself, under a name such as `attention_dropout`.
+    """
+    found: list[tuple[nn.Module, str, float]] = []
+    for module in model.modules():
+        is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
+        found += [
+            (module, name, value)
+            for name, value in vars(module).items()
+            if isinstance(value, float) and ("drop" in name or (is_dropout and name == "p"))
+        ]
+    for module, name, _ in found:
+        setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, value in found:
+            setattr(module, name, value)

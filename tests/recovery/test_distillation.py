@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file
 from transformers import (
     BertConfig,
@@ -25,6 +26,8 @@ from transformers import (
 from hfprune.errors import CheckpointError, DataError, RecipeError
 from hfprune.recovery.distillation import DistillationArguments, DistillationTrainer, distill
 from hfprune.recovery.losses import Divergence, spread_layers
+from hfprune.recovery.parts import without_dropout
+from tests import tiny
 from tests.launching import leave, torchrun
 from tests.trained import At
 
@@ -525,6 +528,36 @@ def test_training_is_the_explicit_loop_whatever_the_accumulation(make, accumulat
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
+@pytest.mark.parametrize("family", ["bert", "vit", "distilbert", "gpt2", "llama", "t5", "bart"])
+def test_without_dropout_training_computes_what_evaluation_does(family):
+    config = tiny.config(family)
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and ("drop" in name):
+            setattr(config, name, 0.5)
+    config.layerdrop = config.encoder_layerdrop = config.decoder_layerdrop = 0.0
+    torch.manual_seed(0)
+    model = getattr(transformers, tiny.auto_class(family)).from_config(config)
+    batch = tiny.batch(model)
+    expected = model.eval()(**batch).logits
+    model.train()
+    for _ in range(2):  # as before afterwards
+        assert not torch.allclose(model(**batch).logits, expected)
+        with without_dropout(model):
+            torch.testing.assert_close(model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_the_student_drops_nothing_unless_asked_to(dropout, tmp_path):
+    student, teacher = pair(dropping(bert))
+    rows = examples(bert, 4)
+    loss = student.eval()(**collate(rows)).loss.item()
+    weights = {"task_weight": 1.0, "logits_weight": 0.0, "hidden_weight": 0.0}
+    trainer = trainer_of(student, teacher, tmp_path, rows, max_steps=1, dropout=dropout, **weights)
+    trainer.train()
+    found = trainer.state.log_history[0]["loss_task"]
+    assert (found == pytest.approx(loss, rel=1e-5)) != dropout
+
+
 def test_parts_are_means_over_the_logging_interval(tmp_path):
     student, teacher = pair(bert)
     trainer = trainer_of(student, teacher, tmp_path, examples(bert), max_steps=4, logging_steps=2)
@@ -556,6 +589,14 @@ def test_evaluation_reports_the_task_loss_without_the_teacher(tmp_path):
     teacher.forward = None  # would raise if called
     loss = trainer.evaluate(rows)["eval_loss"]
     assert loss == pytest.approx(student(**collate(rows)).loss.item(), rel=1e-5)
+
+
+def test_the_task_alone_asks_nothing_of_the_teacher(tmp_path):
+    student, teacher = pair(bert)
+    batch = collate(examples(bert, 4))
+    loss = student(**batch).loss
+    teacher.forward = None  # would raise if called
+    torch.testing.assert_close(part(student, teacher, batch, tmp_path, "task"), loss)
 
 
 def test_teacher_keeps_its_dtype(tmp_path):
@@ -666,6 +707,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(make, tmp_path):
             max_steps=10,
             save_strategy="steps",
             save_steps=5,
+            dropout=True,
         )
         return student, lambda: distill(
             student, teacher, examples(make, 32), args=args, data_collator=collate, **extra
@@ -752,6 +794,7 @@ def judged(student, folder, judge, metric="accuracy", **extra):
         save_steps=2,
         metric_for_best_model=metric,
         train_sampling_strategy="random",
+        dropout=True,
     )
     rows = examples(vit, 16)
     _, teacher = pair(vit)
