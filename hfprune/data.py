@@ -58,9 +58,11 @@ def _from_disk(field: str, name: str) -> Dataset:
         raise DataError(unknown("kind of data file", ending, kinds))
     try:
         if folder:
-            return load_dataset("imagefolder", data_dir=name, split="train", drop_labels=False)
+            # Told which files, it does not look for splits in their names.
+            files = {"train": f"{name}/**"}
+            return load_dataset("imagefolder", data_files=files, split="train", drop_labels=False)
         return load_dataset(kinds[ending], data_files=name, split="train")
-    except (StopIteration, ValueError, DatasetsError) as error:
+    except (StopIteration, ValueError, DatasetsError, FileNotFoundError) as error:
         why = str(error.__cause__ or error).partition("\n")[0] or "it is empty"
         kind = "a folder of images" if folder else ending
         raise DataError(
