@@ -44,6 +44,30 @@ _SIZES: dict[str, int] = {
 }
 _TOWERS: dict[str, Any] = {"text_config": _SIZES, "vision_config": _SIZES, "projection_dim": 16}
 _PATCHES = {k: v for k, v in _SIZES.items() if k != "image_size"} | {"num_patches": 16}
+_IMAGE_TOKEN = VOCABULARY - 1
+_READ: dict[str, Any] = {  # images that a text model reads
+    "text_config": _SIZES,
+    "vision_config": _SIZES,
+    "projection_dim": HIDDEN,
+    "image_token_index": _IMAGE_TOKEN,
+    "image_token_id": _IMAGE_TOKEN,
+}
+_QWEN_VISION = {
+    k: v
+    for k, v in _SIZES.items()
+    if k in ("hidden_size", "patch_size", "num_heads", "intermediate_size")
+} | {
+    "depth": LAYERS,
+    "embed_dim": HIDDEN,
+    "out_hidden_size": HIDDEN,
+    "temporal_patch_size": 1,
+    "fullatt_block_indexes": [1, 2],
+}
+_ROPE = {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [1, 1, 2]}
+_QWEN_VL = _READ | {
+    "text_config": _SIZES | {"rope_parameters": _ROPE},
+    "vision_config": _QWEN_VISION,
+}
 _AUDIO: dict[str, Any] = {
     "conv_dim": (16, 16),
     "conv_kernel": (10, 3),
@@ -63,15 +87,29 @@ _EXTRAS: dict[str, dict[str, Any]] = {
         "position_buckets": 4,
         "share_att_key": False,
     },
+    "gemma3": _READ | {"mm_tokens_per_image": 4},
     "gpt_neo": {"attention_types": [[["global"], LAYERS]]},
     "gptj": {"rotary_dim": 4},
     "hubert": _AUDIO,
+    "idefics3": _READ | {"scale_factor": 2},
+    "llava": _READ,
+    "internvl": _READ | {"downsample_ratio": 0.5},
+    "aya_vision": _READ | {"downsample_factor": 2},
+    "llava_next": _READ | {"image_grid_pinpoints": [[16, 16]]},
+    "llava_onevision": _READ | {"vision_feature_layer": -1, "image_grid_pinpoints": [[16, 16]]},
     "longformer": {"attention_window": [4] * LAYERS},
     "metaclip_2": _TOWERS,
+    "mistral3": _READ
+    | {"text_config": _SIZES | {"model_type": "mistral"}, "spatial_merge_size": 2},
+    "paligemma": _READ
+    | {"text_config": {k: v for k, v in _SIZES.items() if k != "sliding_window"}},
+    "qwen2_5_vl": _QWEN_VL,
+    "qwen2_vl": _QWEN_VL,
     "sew": _AUDIO | {"squeeze_factor": 1},
     "siglip2": _TOWERS | {"vision_config": _PATCHES},
     "siglip2_vision_model": {"num_patches": 16},
     "siglip": _TOWERS,
+    "smolvlm": _READ | {"scale_factor": 2},
     "mt5": _STARTED,
     "t5": _STARTED,
     "umt5": _STARTED,
@@ -80,11 +118,14 @@ _EXTRAS: dict[str, dict[str, Any]] = {
     "wav2vec2": _AUDIO,
     "xmod": {"default_language": "en_XX"},
 }
-GENERATING = ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq", "AutoModelForCausalLM")
+GENERATING = (
+    *("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq", "AutoModelForImageTextToText"),
+    "AutoModelForCausalLM",
+)
 _AUTO_CLASSES = (
-    *GENERATING[:2],
+    *GENERATING[:3],
     "AutoModelForMaskedLM",
-    *GENERATING[2:],
+    *GENERATING[3:],
     "AutoModelForImageClassification",
     "AutoModelForCTC",
     "AutoModel",
@@ -102,7 +143,8 @@ def config(model_type: str) -> PreTrainedConfig:
 def auto_class(model_type: str) -> str:
     """Name of the auto class that gives a family its most telling task head."""
     kind = CONFIG_MAPPING[model_type]
-    if {"text_config", "vision_config"} <= kind.sub_configs.keys():
+    reader = kind in transformers.AutoModelForImageTextToText._model_mapping
+    if {"text_config", "vision_config"} <= kind.sub_configs.keys() and not reader:
         return "AutoModel"  # the only one that runs both towers
     for name in _AUTO_CLASSES:
         mapping = getattr(transformers, name)._model_mapping
@@ -131,10 +173,10 @@ def model(
     return made.to(dtype).eval()
 
 
-def batch(model: PreTrainedModel, tokens: int = 9) -> dict[str, torch.Tensor]:
-    """Two examples that the model reads."""
+def batch(model: PreTrainedModel, tokens: int = 9, examples: int = 2) -> dict[str, torch.Tensor]:
+    """Two examples that the model reads, or only the first."""
     generator = torch.Generator().manual_seed(1)
-    integers = functools.partial(torch.randint, 3, VOCABULARY, generator=generator)
+    integers = functools.partial(torch.randint, 3, _IMAGE_TOKEN, generator=generator)
     noise = functools.partial(torch.randn, generator=generator)
     settings = model.config
     vision = getattr(settings, "vision_config", settings)
@@ -145,7 +187,9 @@ def batch(model: PreTrainedModel, tokens: int = 9) -> dict[str, torch.Tensor]:
         inputs["input_ids"] = integers((2, tokens))
         inputs["attention_mask"] = torch.ones(2, tokens, dtype=torch.long)
     if hasattr(vision, "image_size"):
-        inputs["pixel_values"] = noise(2, 3, vision.image_size, vision.image_size)
+        size = vision.image_size
+        height, width = size if isinstance(size, tuple | list) else (size, size)
+        inputs["pixel_values"] = noise(2, 3, height, width)
     if "siglip2" in settings.model_type:  # patches, with how many there are in each direction
         patches = vision.num_patches
         side = int(patches**0.5)
@@ -159,7 +203,41 @@ def batch(model: PreTrainedModel, tokens: int = 9) -> dict[str, torch.Tensor]:
         inputs["input_values"] = noise(2, 200)
     if settings.is_encoder_decoder:
         inputs["decoder_input_ids"] = integers((2, 5))
+    inputs = {name: tensor[:examples] for name, tensor in inputs.items()}
+    if hasattr(settings, "image_token_id"):
+        _show(model, inputs, noise)
     return {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def _show(model: PreTrainedModel, inputs: dict[str, torch.Tensor], noise: Any) -> None:
+    """Give each text an image, and the places where it is read, after its first token."""
+    settings, texts = model.config, inputs["input_ids"]
+    images: dict[str, torch.Tensor] = {}
+    if "pixel_values" in inputs:
+        images["pixel_values"] = inputs["pixel_values"]
+    if settings.model_type in ("idefics3", "smolvlm"):  # several images for a text
+        images["pixel_values"] = images["pixel_values"][:, None]
+    if hasattr(settings, "image_grid_pinpoints"):  # the whole and its parts, one of them here
+        images["pixel_values"] = images["pixel_values"][:, None].repeat(1, 2, 1, 1, 1)
+        images["image_sizes"] = torch.full((len(texts), 2), settings.vision_config.image_size)
+    if settings.model_type == "mistral3":
+        images["image_sizes"] = torch.full((len(texts), 2), settings.vision_config.image_size)
+    if not images:  # the patches of all images in one sequence
+        grid = torch.tensor([[1, 4, 4]]).repeat(len(texts), 1)
+        features = 3 * settings.vision_config.patch_size**2
+        images = {"pixel_values": noise(int(grid.prod(1).sum()), features), "image_grid_thw": grid}
+    images["pixel_values"] = images["pixel_values"].to(model.dtype)
+    with torch.no_grad():
+        seen = model.get_image_features(**images).pooler_output
+    rows = sum(part.flatten(0, -2).shape[0] for part in seen)
+    places = texts.new_full((len(texts), rows // len(texts)), settings.image_token_id)
+    inputs["input_ids"] = torch.cat([texts[:, :1], places, texts[:, 1:]], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "image_grid_thw" in images:
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == settings.image_token_id).long()
+    if settings.model_type == "paligemma":  # the text before what is asked for
+        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    inputs |= images
 
 
 def selection(anatomy: Anatomy, seed: int = 0) -> dict[str, tuple[int, ...]]:

@@ -23,7 +23,9 @@ Loss = Callable[[PreTrainedModel, Batch], torch.Tensor]
 
 IGNORED = -100  # label of a position without a loss, in all of transformers
 ANSWERS = ("labels", "start_positions", "end_positions")  # what a batch is judged by
-_CAUSAL = frozenset(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+_CAUSAL = frozenset(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()).union(
+    auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+)
 _TOKEN_LEVEL = _CAUSAL.union(
     *(
         names.values()
@@ -209,7 +211,8 @@ def _wide(logits: torch.Tensor) -> torch.Tensor:
 
 def examples_in(batch: Batch) -> int:
     """Number of examples in a batch."""
-    return len(next(iter(batch.values())))
+    first = next(iter(batch.values()))
+    return len(batch.get("input_ids", first))  # patches of all images may come in one sequence
 
 
 def by_example(batch: Batch, values: torch.Tensor) -> torch.Tensor:

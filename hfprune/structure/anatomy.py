@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -188,18 +188,21 @@ class Anatomy:
         outside = total
         for number, stack in enumerate(row.stacks):
             params, weights, mixing, windows = [], [], [], []
-            for index, layer in enumerate(model.base_model.get_submodule(stack.layers).children()):
+            layers = list(model.base_model.get_submodule(stack.layers).children())
+            read, pinned = _read_layers(model, stack, len(layers))
+            for index, layer in enumerate(layers):
+                here = stack if index < read else _without_units(stack)
                 inside = sum(p.numel() for p in layer.parameters())
-                found = _groups(layer, stack, number, index)
-                experts = _experts(layer, stack, number, index)
+                found = _groups(layer, here, number, index)
+                experts = _experts(layer, here, number, index)
                 owned = sum(g.owned_params for g in found)
                 owned += sum(sum(block.unit_params) for block in experts)
                 groups += found
                 blocks += experts
                 params.append(inside - owned)
-                weights.append(_other_weights(layer, stack))
-                mixing.append(sum(inputs_of(layer.get_submodule(a.o)) for a in stack.whole))
-                windows.append(max((_window(layer, a) for a in stack.whole), default=0))
+                weights.append(_other_weights(layer, here))
+                mixing.append(sum(inputs_of(layer.get_submodule(a.o)) for a in here.whole))
+                windows.append(max((_window(layer, a) for a in here.whole), default=0))
                 outside -= inside
             blocks.append(
                 Block(
@@ -211,7 +214,7 @@ class Anatomy:
                     tuple(weights),
                     unit_mixing=tuple(mixing),
                     unit_windows=tuple(windows),
-                    pinned=stack.pinned,
+                    pinned=pinned,
                 )
             )
         return Anatomy(row.model_type, tuple(groups), tuple(blocks), outside, row.note)
@@ -580,6 +583,22 @@ def _experts(layer: nn.Module, stack: Stack, number: int, index: int) -> list[Bl
             least=chosen,
         )
     ]
+
+
+def _read_layers(model: PreTrainedModel, stack: Stack, count: int) -> tuple[int, tuple[int, ...]]:
+    """How many layers of a stack anybody reads, and which of all must stay."""
+    if not stack.read:
+        return count, stack.pinned
+    said = getattr(model.config, stack.read)
+    if not isinstance(said, int) or said >= 0:  # counted from the front: none may move
+        said = max(said, default=-1) if isinstance(said, list | tuple) else said
+        return count if said < 0 else said, tuple(range(count))
+    read = count + 1 + said  # the embeddings' output is number 0
+    return read, tuple(range(read, count))
+
+
+def _without_units(stack: Stack) -> Stack:
+    return replace(stack, attentions=(), ffn=None, whole=(*stack.attentions, *stack.whole))
 
 
 def _window(layer: nn.Module, row: Attention) -> int:

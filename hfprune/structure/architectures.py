@@ -114,6 +114,8 @@ class Stack:
         moe: the routed experts of a layer, where present.
         whole: attentions whose heads are not units, because they are not independent of each other.
         pinned: layers that stay, because they are built unlike the others.
+        read: attribute of the model's config that says which layer's output is read; what lies
+            after it has no units, and stays: the layer is often counted from the end.
     """
 
     layers: str
@@ -123,6 +125,7 @@ class Stack:
     moe: Moe | None = None
     whole: tuple[Attention, ...] = ()
     pinned: tuple[int, ...] = ()
+    read: str = ""
 
 
 @dataclass(frozen=True)
@@ -383,6 +386,53 @@ _CLIP = tuple(
     Stack(f"{side}_model.encoder.layers", (_SELF,), _MLP_FC, f"{side}_config.num_hidden_layers")
     for side in ("text", "vision")
 )
+_VISION_DEPTH, _TEXT_DEPTH = "vision_config.num_hidden_layers", "text_config.num_hidden_layers"
+_READ_BY_TEXT = replace(_TOWER, layers="vision_tower.encoder.layers", depth=_VISION_DEPTH)
+_READER = replace(_LLAMA, layers="language_model.layers", depth=_TEXT_DEPTH)
+_LLAVA = (replace(_READ_BY_TEXT, read="vision_feature_layer"), _READER)
+_INTERNVL = (
+    Stack(
+        "vision_tower.encoder.layer",
+        (_attention("attention", "q_proj k_proj v_proj projection_layer", sizes=("embed_dim",)),),
+        _MLP_FC,
+        _VISION_DEPTH,
+        read="vision_feature_layer",
+    ),
+    _READER,
+)
+_MISTRAL3 = (
+    Stack(
+        "vision_tower.transformer.layers",
+        (_attention("attention", _QKV_O, sizes=("embed_dim",)),),
+        Ffn(
+            ("feed_forward.gate_proj", "feed_forward.up_proj"),
+            "feed_forward.down_proj",
+            width="feed_forward:intermediate_size",
+        ),
+        _VISION_DEPTH,
+        read="vision_feature_layer",
+    ),
+    _READER,
+)
+_PALIGEMMA = (_READ_BY_TEXT, _READER)
+_IDEFICS3 = (
+    replace(_TOWER, layers="vision_model.encoder.layers", depth=_VISION_DEPTH),
+    replace(_LLAMA, layers="text_model.layers", depth=_TEXT_DEPTH),
+)
+_QWEN_VISION_ATTENTION = _attention("attn", "qkv proj", layout="concat", patch="bare")
+_QWEN2_VL = (
+    Stack(
+        "visual.blocks",
+        (_QWEN_VISION_ATTENTION,),
+        replace(_MLP_FC, setting=""),
+        "vision_config.depth",
+    ),
+    _READER,
+)
+_QWEN2_5_VL = (
+    Stack("visual.blocks", (_QWEN_VISION_ATTENTION,), _GATED, "vision_config.depth"),
+    _READER,
+)
 _WAV2VEC2 = Stack(
     "encoder.layers",
     (_attention("attention", _QKV_OUT, sizes=("embed_dim",)),),
@@ -448,6 +498,13 @@ ROWS: dict[str, Row] = {
     **_rows("siglip_vision_model siglip2_vision_model mlcd_vision_model", _TOWER),
     **_rows("clip_text_model clip_vision_model", _TOWER),
     **_rows("clip siglip siglip2 metaclip_2", *_CLIP),
+    **_rows("llava llava_next llava_onevision aya_vision", *_LLAVA),
+    **_rows("internvl", *_INTERNVL),
+    **_rows("mistral3", *_MISTRAL3),
+    **_rows("gemma3 paligemma", *_PALIGEMMA),
+    **_rows("idefics3 smolvlm", *_IDEFICS3),
+    **_rows("qwen2_vl", *_QWEN2_VL),
+    **_rows("qwen2_5_vl", *_QWEN2_5_VL),
     **_rows("wav2vec2 hubert unispeech unispeech-sat data2vec-audio sew", _WAV2VEC2),
 }
 

@@ -89,8 +89,10 @@ _HOOKS = {
     "slice_bias": _slice_bias,
     "slice_alibi": _slice_alibi,
 }
-PATCHES = (*_HOOKS, "config_view")
-"""Help for attentions whose forward takes something that was made for the original heads."""
+PATCHES = (*_HOOKS, "config_view", "bare")
+"""Help for attentions whose forward takes something that was made for the original heads, or whose
+output is of another form.
+"""
 
 
 def help_forward(module: nn.Module, name: str, heads: list[int]) -> None:
@@ -100,6 +102,7 @@ def help_forward(module: nn.Module, name: str, heads: list[int]) -> None:
     if name == "config_view":
         config = vars(module.config)["config"] if known else module.config
         module.config = ConfigView(config, len(heads))  # type: ignore[assignment]
+    if name not in _HOOKS:
         return
     if name == "own_bias" and not hasattr(module, "relative_attention_bias"):
         rows = int(module.relative_attention_num_buckets)  # type: ignore[arg-type]
@@ -109,7 +112,9 @@ def help_forward(module: nn.Module, name: str, heads: list[int]) -> None:
         module.register_forward_pre_hook(_HOOKS[name], with_kwargs=True)
 
 
-def no_heads(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
+def no_heads(
+    module: nn.Module, *args: Any, **kwargs: Any
+) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
     """Forward of an attention without heads: the outlet's bias where the outlet is inside, else 0
     columns.
 
@@ -135,6 +140,8 @@ def no_heads(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor
             return output, None, None
         case "slice_alibi":  # bloom adds the residual itself
             return output + args[1], None
+        case "bare":  # qwen2_vl's towers return the output alone
+            return output
     return output, None
 
 
@@ -463,7 +470,44 @@ def probe(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
             inputs["spatial_shapes"] = torch.tensor([[1, patches], [patches, 1]])
     if config.is_encoder_decoder and inputs:
         inputs["decoder_input_ids"] = tokens
-    return {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()} or None
+    inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    if images is not config and hasattr(config, "image_token_id"):
+        inputs = _with_images(model, tokens, inputs.get("pixel_values"))
+    return inputs or None
+
+
+@torch.no_grad()
+def _with_images(
+    model: PreTrainedModel, texts: torch.Tensor, pixels: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """Two texts and the two images that they show, in the first way of giving them that the model
+    takes; the texts alone if it takes none.
+    """
+    config, tower = model.config, model.config.vision_config
+    side = 2 * getattr(tower, "spatial_merge_size", 1)
+    if pixels is None:  # qwen2_vl: the patches of all images in one sequence
+        numbers = getattr(tower, "in_channels", 3) * tower.patch_size**2
+        numbers *= getattr(tower, "temporal_patch_size", 1)
+        patches = torch.randn(2 * side**2, numbers, generator=torch.Generator().manual_seed(0))
+        grid = torch.tensor([[1, side, side]] * 2)
+        ways = [{"pixel_values": patches.to(model.dtype), "image_grid_thw": grid}]
+    else:
+        sizes = torch.tensor([pixels.shape[-2:]] * 2)
+        ways = [{"pixel_values": pixels}, {"pixel_values": pixels, "image_sizes": sizes}]
+        ways += [{"pixel_values": pixels[:, None]}]  # idefics3: several images for a text
+    texts = texts.masked_fill(texts == config.image_token_id, 0)
+    for images in ways:
+        try:
+            seen = model.get_image_features(**images).pooler_output  # type: ignore[operator]
+            rows = sum(part.flatten(0, -2).shape[0] for part in seen)
+        except Exception:  # every family has its own way of saying no
+            continue
+        places = texts.new_full((2, rows // 2), config.image_token_id)
+        texts = torch.cat([texts, places], dim=1)
+        if "image_grid_thw" in images:
+            images["mm_token_type_ids"] = (texts == config.image_token_id).long()
+        return {"input_ids": texts, **images}
+    return {"input_ids": texts}
 
 
 def sub_configs_of(config: Any) -> dict[str, Any]:

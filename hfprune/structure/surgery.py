@@ -154,6 +154,9 @@ _PER_LAYER = (
     *("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers"),
     "attention_window",
 )
+"""Config lists with a value per layer."""
+_NUMBERED = ("mlp_only_layers", "fullatt_block_indexes")
+"""Config lists of layers."""
 
 
 def _drop_layers(model: PreTrainedModel, stack: Stack, block: Block, keep: Sequence[int]) -> None:
@@ -169,6 +172,7 @@ def _drop_layers(model: PreTrainedModel, stack: Stack, block: Block, keep: Seque
     *inside, names = stack.depth.split(".")
     for part in inside:
         config = getattr(config, part)
+    before = {listed: getattr(config, listed, None) or () for listed in _NUMBERED}
     for depth in names.split():
         if hasattr(config, depth):
             setattr(config, depth, len(keep))
@@ -182,8 +186,11 @@ def _drop_layers(model: PreTrainedModel, stack: Stack, block: Block, keep: Seque
             setattr(config, listed, [values[old] for old in keep])
     if hasattr(config, "attention_types"):  # gpt_neo reads its layers' kinds from runs of them
         config.attention_types = [[[kind], 1] for kind in config.attention_layers]
-    if getattr(config, "mlp_only_layers", None):
-        config.mlp_only_layers = [keep.index(n) for n in config.mlp_only_layers if n in keep]
+    for listed in _NUMBERED:
+        for owner in (config, parent):  # a tower may hold its config's list itself
+            if getattr(owner, listed, None):
+                numbers = [keep.index(n) for n in before[listed] if n in keep]
+                setattr(owner, listed, numbers)
 
 
 def _take(module: nn.Module, dim: int, index: torch.Tensor) -> None:

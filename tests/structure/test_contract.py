@@ -33,6 +33,7 @@ TELLING = {
     *("llama", "qwen3", "gemma3_text", "phi3", "olmo2", "gpt2", "gpt_neox", "bloom", "opt"),
     *("bart", "t5", "whisper", "wav2vec2", "mixtral", "qwen2_moe", "olmoe", "gpt_oss"),
     *("longformer", "falcon", "gpt_bigcode", "gpt_neo", "siglip2"),
+    *("llava", "qwen2_5_vl"),
 }
 
 
@@ -86,7 +87,8 @@ def only(dense, keep):
             if block.kind == "layer":
                 for index in set(range(block.units)) - set(units.tolist()):
                     layer = base.get_submodule(f"{block.name}.{index}")
-                    stack.callback(layer.register_forward_hook(skip, with_kwargs=True).remove)
+                    hook = layer.register_forward_hook(skip, prepend=True, with_kwargs=True)
+                    stack.callback(hook.remove)
                 continue
             moe = ROWS[dense.config.model_type].stacks[block.stack].moe
             router = base.get_submodule(block.name.removesuffix(moe.experts) + moe.router)
@@ -165,31 +167,35 @@ def test_gate_gradients_are_finite_differences(family):
 
 
 @contextmanager
-def lengths_seen(model, anatomy):
-    """{stack: tokens of the example}, filled by the forward passes inside the context."""
-    lengths = {}
+def shapes_seen(model, anatomy):
+    """{stack: sequences and tokens in each}, filled by the forward passes inside the context."""
+    shapes = {}
+
+    def see(stack, states):
+        shapes[stack] = (states.shape[:-2].numel(), states.shape[-2])
+
     with ExitStack() as stack:
         for block in anatomy.stacks:
             for layer in model.base_model.get_submodule(block.name).children():
                 hook = layer.register_forward_hook(
-                    lambda module, args, kwargs, output, at=block.stack: lengths.update(
-                        {at: (args[0] if args else kwargs["hidden_states"]).shape[-2]}
+                    lambda module, args, kwargs, output, at=block.stack: see(
+                        at, args[0] if args else kwargs["hidden_states"]
                     ),
                     with_kwargs=True,
                 )
                 stack.callback(hook.remove)
-        yield lengths
+        yield shapes
 
 
 def one_example(model):
-    """A batch of one; of two stacks, both read equally many tokens, as the cost assumes."""
-    inputs = {name: tensor[:1] for name, tensor in tiny.batch(model).items()}
-    with lengths_seen(model, Anatomy.of(model)) as lengths:
+    """A batch of one; an encoder and a decoder read equally many tokens, as the cost assumes."""
+    inputs = tiny.batch(model, examples=1)
+    with torch.no_grad(), shapes_seen(model, Anatomy.of(model)) as shapes:
         model(**inputs)
     if "decoder_input_ids" in inputs:
-        inputs["decoder_input_ids"] = inputs["decoder_input_ids"][:, :1].repeat(1, lengths[0])
-        lengths[1] = lengths[0]
-    return inputs, lengths
+        inputs["decoder_input_ids"] = inputs["decoder_input_ids"][:, :1].repeat(1, shapes[0][1])
+        shapes[1] = shapes[0]
+    return inputs, shapes
 
 
 def counted_in_layers(model, inputs, anatomy):
@@ -218,10 +224,11 @@ def test_cost_counts_what_is_there(family):
     assert layers_params(before, keep) == layers_params(after)
     assert layers_macs(before, 9, keep) == layers_macs(after, 9)
 
-    inputs, lengths = one_example(dense)
+    inputs, shapes = one_example(dense)
     for model, anatomy in ((dense, before), (pruned, after)):
         for stack, counted in counted_in_layers(model, inputs, anatomy).items():
-            assert stack_macs(anatomy, stack, lengths[stack]) == counted
+            sequences, tokens = shapes[stack]
+            assert sequences * stack_macs(anatomy, stack, tokens) == counted
 
 
 @every_family_if_slow

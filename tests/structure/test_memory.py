@@ -34,7 +34,7 @@ def weights(model):
 def check(family, dtype):
     dense = tiny.model(family, dtype=dtype)
     inputs = tiny.batch(dense, TOKENS)
-    tokens = TOKENS
+    tokens = inputs["input_ids"].shape[1] if "input_ids" in inputs else TOKENS  # with images
     if dense.config.is_encoder_decoder:
         states = dense.get_encoder()(inputs[dense.main_input_name])[0]
         tokens = states.shape[1]

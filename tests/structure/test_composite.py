@@ -1,0 +1,90 @@
+"""A text model that reads images: one anatomy of two stacks, budgets over both or one."""
+
+import pytest
+import tiny
+import torch
+import transformers
+
+import hfprune
+from hfprune.errors import UnsupportedModelError
+from hfprune.importance.losses import labels_loss
+from hfprune.structure.anatomy import Anatomy
+from hfprune.structure.cost import layers_params
+from hfprune.structure.surgery import copy_and_cut
+
+
+def labelled(model, tokens=9):
+    inputs = tiny.batch(model, tokens)
+    return inputs | {"labels": inputs["input_ids"].clone()}
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava", "qwen2_vl"])
+@pytest.mark.parametrize("pruned_stacks", [{0, 1}, {0}, {1}])
+def test_a_budget_covers_both_stacks_or_one(family, pruned_stacks, tmp_path):
+    model = tiny.model(family)
+    batches = [labelled(model, tokens) for tokens in (7, 9)]
+    anatomy = Anatomy.of(model)
+    protect = tuple(s.name for s in anatomy.stacks if s.stack not in pruned_stacks)
+    scores = hfprune.score(model, batches)
+    plan = hfprune.plan(
+        model,
+        scores,
+        "params=80%",
+        constraints=hfprune.Constraints(protect=protect, tolerance=0.05),
+    )
+    lost = {group.stack for group in anatomy if len(plan.keep[group.name]) < group.units}
+    assert lost and lost <= pruned_stacks
+    pruned = hfprune.remove(model, plan, compensate=batches)
+    share = layers_params(Anatomy.of(pruned)) / layers_params(anatomy)
+    assert 0.75 < share < 0.801
+    pruned.save_pretrained(tmp_path)
+    again = hfprune.from_pretrained(tmp_path, attn_implementation="eager")
+    inputs = tiny.batch(model)
+    options = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5}
+    assert again.generate(**inputs, **options).equal(pruned.generate(**inputs, **options))
+
+
+def test_layers_that_nobody_reads_have_no_units_and_stay():
+    model = tiny.model("llava")
+    assert model.config.vision_feature_layer == -2
+    tower = Anatomy.of(model).stacks[0]
+    assert tower.pinned == (2,)
+    assert {g.layer for g in Anatomy.of(model) if g.stack == 0} == {0, 1}
+    model.config.vision_feature_layer = 1  # from the front: a layer that goes would move it
+    anatomy = Anatomy.of(model)
+    assert anatomy.stacks[0].pinned == (0, 1, 2)
+    assert {g.layer for g in anatomy if g.stack == 0} == {0}
+
+
+def test_layers_with_full_attention_are_numbered_anew():
+    model = tiny.model("qwen2_5_vl")
+    assert model.config.vision_config.fullatt_block_indexes == [1, 2]
+    pruned = copy_and_cut(model, {"visual.blocks": (0, 2)})
+    assert pruned.config.vision_config.fullatt_block_indexes == [1]
+    assert pruned.model.visual.fullatt_block_indexes == [1]
+    assert model.model.visual.fullatt_block_indexes == [1, 2]
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_vl"])
+def test_the_loss_of_images_and_text_is_the_sum_over_labelled_tokens(family):
+    model = tiny.model(family)
+    batch = labelled(model)
+    with torch.no_grad():
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        expected = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
+        )
+        torch.testing.assert_close(labels_loss(model, batch), expected)
+
+
+def test_a_tower_of_another_family_is_refused():
+    text = tiny.config("llava").text_config
+    tower = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
+        image_size=16, patch_size=4,
+    )  # fmt: skip
+    model = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(vision_config=tower, text_config=text)
+    )
+    with pytest.raises(UnsupportedModelError, match="not built as the row for 'llava'"):
+        Anatomy.of(model)
