@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hfprune.planning.plan import PruningPlan
     from hfprune.planning.solve import plan, plan_family
     from hfprune.pruning import inspect, preview, prune, remove
+    from hfprune.publishing.family import publish_family
     from hfprune.publishing.hub import publish
     from hfprune.recipe import Recipe
     from hfprune.recovery.arguments import DistillationArguments
@@ -65,6 +66,7 @@ _HOMES = {
     "preview": "pruning",
     "prune": "pruning",
     "publish": "publishing.hub",
+    "publish_family": "publishing.family",
     "register": "structure.architectures",
     "remove": "pruning",
     "run": "pipeline",
@@ -102,6 +104,7 @@ __all__ = [
     "preview",
     "prune",
     "publish",
+    "publish_family",
     "register",
     "remove",
     "run",

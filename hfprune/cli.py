@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from hfprune.publishing.hub import Published
     from hfprune.publishing.report import Report
     from hfprune.recipe import Recipe
 
@@ -163,6 +164,12 @@ def push(
     dry_run: Annotated[
         Path | None, typer.Option(help="Only write what would be uploaded to this folder.")
     ] = None,
+    family: Annotated[
+        Literal["revisions", "collection"] | None,
+        typer.Option(
+            help="Of a run of several budgets every size, and how they are kept together."
+        ),
+    ] = None,
     rehearse: Annotated[
         bool, typer.Option(help="Push to a Hub on this machine instead, and download back.")
     ] = False,
@@ -173,9 +180,27 @@ def push(
 
         status = rehearse_push([a for a in sys.argv[1:] if a != "--rehearse"], source, repo)
         raise SystemExit(status)
+    from hfprune.errors import HfpruneError
+    from hfprune.publishing.family import publish_family
     from hfprune.publishing.hub import publish
 
     _quiet_loading()
+    if family:
+        for name, given in (("revision", revision), ("create-pr", create_pr), ("parent", parent)):
+            if given:
+                raise HfpruneError(f"--{name} is of one model; --family places each by itself.")
+        sizes = publish_family(
+            source,
+            repo,
+            family,
+            private=private,
+            license=license,
+            dry_run=dry_run,
+            say=typer.echo,
+        )
+        for done in sizes.values():
+            _tell_published(done)
+        return
     done = publish(
         source,
         repo,
@@ -187,6 +212,10 @@ def push(
         dry_run=dry_run,
         say=typer.echo,
     )
+    _tell_published(done)
+
+
+def _tell_published(done: Published) -> None:
     if done.commit is None:
         typer.echo(f"What would be uploaded is in {done.url}: {len(done.files)} files.")
     else:

@@ -1,13 +1,17 @@
 """Folders to publish, made by hand: a saved pruned model, and what a finished run leaves."""
 
+import dataclasses
 import json
+import shutil
 
 import tiny
+import torch
 import yaml
 from test_data import tiny_tokenizer
 
 from hfprune.evaluation.evaluate import Difference, Quality
 from hfprune.evaluation.measure import Latency, Measurement
+from hfprune.importance.scoring import Scores
 from hfprune.planning.budget import Budget
 from hfprune.planning.plan import PruningPlan
 from hfprune.publishing.figures import draw_kept
@@ -25,6 +29,13 @@ def plan_of(model, seed=0):
     return PruningPlan(
         anatomy, tiny.selection(anatomy, seed), Budget.parse("macs=50%"), "fisher", 9
     )
+
+
+def scores_of(plan):
+    """Random scores for every unit of a plan's model."""
+    draw = torch.Generator().manual_seed(0)
+    values = {g.name: torch.rand(g.units, generator=draw).double() for g in plan.anatomy}
+    return Scores({"fisher": values}, plan.anatomy.fingerprint, 64, 9.0, {"fisher": 0.9})
 
 
 def pruned(seed=0, base=None):
@@ -76,6 +87,33 @@ RECIPE = Recipe.from_dict(
         "distill": {"epochs": 2, "learning_rate": 1e-4, "batch_size": 8},
     }
 ).to_dict()
+
+
+def family(folder, budgets=("macs=80%", "macs=0.4"), base=BASE):
+    """The folder of a finished run of several rounds, as far as it is published."""
+    run(folder, base)
+    names = []
+    for number, budget in enumerate(budgets, 1):
+        this = folder / f"round-{number}"
+        save(this / "distilled", seed=number, base=base)
+        plan = plan_of(tiny.model("bert", "AutoModelForSequenceClassification"), seed=number)
+        plan = dataclasses.replace(plan, budget=Budget.parse(budget))
+        plan.save(this / "plan.json")
+        draw_kept(plan, this / "kept.png")
+        scores_of(plan).save(this / "scores")
+        names.append(f"round-{number}/distilled")
+    recipe = RECIPE | {"prune": RECIPE["prune"] | {"budget": list(budgets)}}
+    found = report(("dense", *names), run=folder)
+    seconds = {"dense": 60.0, "round-1/distilled": 30.0, "round-2/distilled": 20.0}
+    found = dataclasses.replace(found, seconds=seconds, recipe=recipe)
+    for name in ("distilled", "plan.json", "kept.png"):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / "reloaded.json").write_text(json.dumps({"model": names[-1]}))
+    (folder / "report.json").write_text(json.dumps(found.to_dict()))
+    (folder / "report.md").write_text(found.markdown())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
 
 
 def run(folder, base=None, commits=None, **changes):

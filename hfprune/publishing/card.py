@@ -62,6 +62,7 @@ def card(
     inherited: Mapping[str, Any] | None = None,
     previous: str = "",
     license: str | None = None,
+    family: str = "",
 ) -> str:
     """The text of README.md.
 
@@ -73,13 +74,14 @@ def card(
         previous: the card that is there: what people wrote in it stays, and so does metadata that
             hfprune does not write.
         license: of the pruned model; None for the base model's, or what the previous card says.
+        family: the table of the sizes that the model is one of.
 
     Raises:
         PublishError: the previous card's metadata cannot be read.
     """
     before, words = _read(previous)
     data = _metadata(parcel, repo_id, inherited, before, license)
-    made = f"{BEGIN}\n\n{_page(parcel, repo_id, revision)}\n{END}"
+    made = f"{BEGIN}\n\n{_page(parcel, repo_id, revision, family)}\n{END}"
     text = _around(words, made)
     return f"---\n{data}\n---\n\n{text.strip()}\n"
 
@@ -166,7 +168,7 @@ def _results(parcel: Parcel) -> list[EvalResult]:
     ]
 
 
-def _page(parcel: Parcel, repo_id: str, revision: str | None) -> str:
+def _page(parcel: Parcel, repo_id: str, revision: str | None, family: str) -> str:
     """The part of the page that hfprune writes."""
     report = parcel.report
     base = base_of(parcel)
@@ -178,6 +180,7 @@ def _page(parcel: Parcel, repo_id: str, revision: str | None) -> str:
         table=_table(report) if report else "",
         caption=report.caption() if report else "",
         sizes="" if report else _sizes(parcel),
+        family=family,
         repo_id=repo_id,
         revision_argument=f', revision="{revision}"' if revision not in (None, "main") else "",
         stock=parcel.is_stock,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -76,15 +77,7 @@ class Client:
         from huggingface_hub.utils import validate_repo_id
 
         validate_repo_id(repo_id)
-        try:
-            account = self.api.whoami(token=self.token)
-        except Exception as error:
-            if getattr(getattr(error, "response", None), "status_code", None) == 401:
-                raise PublishError(
-                    "The Hub does not know this token. Log in again with `hf auth login`, or set"
-                    " HF_TOKEN to a token that may write."
-                ) from error
-            raise
+        account = self._account
         role = account.get("auth", {}).get("accessToken", {}).get("role")
         if role == "read":
             raise PublishError(
@@ -102,6 +95,19 @@ class Client:
                 f" {may}. Choose one of these, or propose it with a pull request."
             )
         return f"{owner}/{name}"
+
+    @cached_property
+    def _account(self) -> dict[str, Any]:
+        """Who the token stands for; the Hub does not like to be asked often."""
+        try:
+            return self.api.whoami(token=self.token)
+        except Exception as error:
+            if getattr(getattr(error, "response", None), "status_code", None) == 401:
+                raise PublishError(
+                    "The Hub does not know this token. Log in again with `hf auth login`, or set"
+                    " HF_TOKEN to a token that may write."
+                ) from error
+            raise
 
     def look(self, name: str, branch: str, create_pr: bool) -> There:
         """What is at the target now."""
@@ -227,6 +233,16 @@ class Client:
             parent_commit=head,
         )
         return made.oid, made.pr_url or made.commit_url
+
+    def gather(self, repo_id: str, models: Iterable[str], private: bool | None) -> str:
+        """Put models into a collection that is called as a repository would be; its address."""
+        owner, _, title = self.target(repo_id, False).rpartition("/")
+        made = self.api.create_collection(
+            title, namespace=owner, private=bool(private), exists_ok=True
+        )
+        for model in models:
+            self.api.add_collection_item(made.slug, model, "model", exists_ok=True)
+        return made.url
 
 
 def _unread(base: str, error: Exception) -> str:

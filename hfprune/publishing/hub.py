@@ -5,7 +5,7 @@ uploaded into an empty cache, load it with and without hfprune, and compare.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hfprune.errors import CheckpointError, PublishError
 from hfprune.publishing.card import card
-from hfprune.publishing.client import MAIN, Client, digest, left_over, same, told
+from hfprune.publishing.client import MAIN, Client, There, digest, left_over, same, told
 from hfprune.publishing.parcel import CARD, Parcel, packed, record, recorded, write_out
 from hfprune.publishing.reload import WAYS, reload_and_compare
 from hfprune.publishing.secrets import refuse_secrets
@@ -90,66 +90,151 @@ def publish(
     """
     if create_pr and revision not in (None, MAIN):
         raise PublishError("A pull request goes to the main branch; give no revision with it.")
+    terms = Terms(private, create_pr, token, parent_commit, license, verify, say)
     branch = revision or MAIN
     with packed(source, processor) as parcel:
-        for name in parcel.left_out:
-            say(f"  left out, no part of the model: {name}")
+        tell([f"left out, no part of the model: {name}" for name in parcel.left_out], say)
         if dry_run is not None:
-            return _write(parcel, repo_id, branch, license, Path(dry_run))
+            return write(parcel, repo_id, branch, license, Path(dry_run))
         client = Client(token)
-        with told("Checking"):
-            name = client.target(repo_id, create_pr)
-            known = parent_commit or recorded(source, name, branch)
-            there = client.look(name, branch, create_pr)
-            if private and there.private is False:
-                raise PublishError(
-                    f"{name} is there and public. Make it private on its page first, or choose"
-                    " another name."
-                )
-            inherited, warnings = client.inherit(parcel, there.private, private)
-        text = card(parcel, name, branch, inherited, there.card, license)
+        order = prepare(client, parcel, source, repo_id, branch, terms)
+        tell([f"warning: {warning}" for warning in order.warnings], say)
+        return send(client, order, terms)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How something is to be published: the arguments of `publish` that say it."""
+
+    private: bool | None = None
+    create_pr: bool = False
+    token: str | None = None
+    parent_commit: str | None = None
+    license: str | None = None
+    verify: bool = True
+    say: Callable[[str], None] = print
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be published and may be: everything is checked, nothing is sent.
+
+    Attributes:
+        parcel: the model and its papers.
+        source: where they are from, which remembers its publications.
+        name, branch: where to.
+        there: what is there.
+        files: {path: file, or its content}, with the card.
+        gone: paths that are to be deleted.
+        warnings: what a person should look at.
+    """
+
+    parcel: Parcel
+    source: Any
+    name: str
+    branch: str
+    there: There
+    files: Mapping[str, Path | bytes]
+    gone: list[str]
+    warnings: list[str]
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the branch has exactly these files already."""
+        known = self.there.files
+        return not self.gone and all(same(file, known.get(p)) for p, file in self.files.items())
+
+
+def prepare(
+    client: Client,
+    parcel: Parcel,
+    source: Any,
+    repo_id: str,
+    branch: str,
+    terms: Terms,
+    family: str = "",
+) -> Order:
+    """Check all that can be checked before anything is sent, and write the card.
+
+    Args:
+        client: the Hub.
+        parcel: what is to be published.
+        source: where it is from.
+        repo_id: where to.
+        branch: of the repository.
+        terms: how.
+        family: the table of all sizes, for the card of one of them.
+
+    Raises:
+        PublishError, HfpruneError: see `publish`.
+    """
+    with told("Checking"):
+        name = client.target(repo_id, terms.create_pr)
+        there = client.look(name, branch, terms.create_pr)
+        if terms.private and there.private is False:
+            raise PublishError(
+                f"{name} is there and public. Make it private on its page first, or choose another"
+                " name."
+            )
+        inherited, warnings = client.inherit(parcel, there.private, terms.private)
+        text = card(parcel, name, branch, inherited, there.card, terms.license, family)
         if "\nlicense:" not in text.partition("\n---\n")[0]:
             warnings.append("No license is known: nobody may use the model. Give `license`.")
-        refuse_secrets(text, CARD)
-        files: dict[str, Path | bytes] = {**parcel.files, CARD: text.encode()}
-        for warning in warnings:
-            say(f"  warning: {warning}")
+        files = _with_card(parcel, text)
         gone = left_over(there.files, files)
-        if there.head and not gone and all(same(files[p], there.files.get(p)) for p in files):
-            commit, url = there.head, f"{client.api.endpoint}/{name}/commit/{there.head}"
-            say(f"{name} has exactly these files already: commit {commit}")
-        else:
-            if not create_pr:
-                with told("Checking"):
-                    client.refuse_strangers(name, branch, there, known)
-            say(f"Uploading {len(files)} files, {parcel.size / 1e6:,.1f} MB, to {name} ({branch})")
-            with told("Uploading"):
-                commit, url = client.upload(name, branch, files, gone, there, private, create_pr)
-            say(f"Uploaded as one commit: {url}")
-        if not create_pr:
-            record(source, name, branch, commit)
-        found = _verify(client, parcel, files, name, commit, say) if verify else {}
-        return Published(name, branch, commit, url, tuple(files), found, tuple(warnings))
+        order = Order(parcel, source, name, branch, there, files, gone, warnings)
+        if not terms.create_pr and not order.is_there:
+            known = terms.parent_commit or recorded(source, name, branch)
+            client.refuse_strangers(name, branch, there, known)
+    return order
 
 
-def _write(
-    parcel: Parcel, repo_id: str, branch: str, license: str | None, folder: Path
+def send(client: Client, order: Order, terms: Terms) -> Published:
+    """Upload what was prepared as one commit, unless it is there already, and verify it.
+
+    Raises:
+        PublishError: see `publish`.
+    """
+    name, branch, files, there = order.name, order.branch, order.files, order.there
+    if there.head and order.is_there:
+        commit, url = there.head, f"{client.api.endpoint}/{name}/commit/{there.head}"
+        terms.say(f"{name} ({branch}) has exactly these files already: commit {commit}")
+    else:
+        megabytes = order.parcel.size / 1e6
+        terms.say(f"Uploading {len(files)} files, {megabytes:,.1f} MB, to {name} ({branch})")
+        with told("Uploading"):
+            commit, url = client.upload(
+                name, branch, files, order.gone, there, terms.private, terms.create_pr
+            )
+        terms.say(f"Uploaded as one commit: {url}")
+    if not terms.create_pr:
+        record(order.source, name, branch, commit)
+    found = _verify(client, order, commit, terms.say) if terms.verify else {}
+    return Published(name, branch, commit, url, tuple(files), found, tuple(order.warnings))
+
+
+def write(
+    parcel: Parcel, repo_id: str, branch: str, license: str | None, folder: Path, family: str = ""
 ) -> Published:
-    """The dry run."""
-    text = card(parcel, repo_id, branch, license=license)
-    refuse_secrets(text, CARD)
-    files: dict[str, Path | bytes] = {**parcel.files, CARD: text.encode()}
+    """The dry run: write what would be sent."""
+    files = _with_card(parcel, card(parcel, repo_id, branch, license=license, family=family))
     write_out(files, folder)
     return Published(repo_id, branch, None, str(folder), tuple(files))
 
 
+def tell(lines: Iterable[str], say: Callable[[str], None]) -> None:
+    """Say every line once."""
+    for line in dict.fromkeys(lines):
+        say(f"  {line}")
+
+
+def _with_card(parcel: Parcel, text: str) -> dict[str, Path | bytes]:
+    refuse_secrets(text, CARD)
+    return {**parcel.files, CARD: text.encode()}
+
+
 def _verify(
-    client: Client,
-    parcel: Parcel,
-    files: Mapping[str, Path | bytes],
-    name: str,
-    commit: str,
-    say: Callable[[str], None],
+    client: Client, order: Order, commit: str, say: Callable[[str], None]
 ) -> dict[str, float | None]:
     """Download a commit into an empty cache, compare bytes, load it both ways, compare outputs.
 
@@ -158,6 +243,7 @@ def _verify(
     """
     from huggingface_hub import constants, snapshot_download
 
+    name, files = order.name, order.files
     with TemporaryDirectory(prefix="hfprune-verify-") as home:
         cache = Path(home, "hub")
         with told("Downloading what was uploaded"):
@@ -168,8 +254,8 @@ def _verify(
             if digest(file, "sha256") != digest(folder / path, "sha256"):
                 raise PublishError(f"{path} came down from {name} with another content.")
         say(f"Downloaded into an empty cache: {len(files)} files, the same bytes")
-        model = from_pretrained(parcel.model)
-        ways = ["hfprune", "stock" if parcel.is_stock else "remote-code"]
+        model = from_pretrained(order.parcel.model)
+        ways = ["hfprune", "stock" if order.parcel.is_stock else "remote-code"]
         environment = {
             "HF_HOME": home,
             "HF_HUB_CACHE": str(cache),
