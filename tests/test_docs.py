@@ -6,12 +6,16 @@ from pathlib import Path
 import pytest
 import saved
 import typer
+import yaml
 from transformers import CONFIG_MAPPING
 
 import hfprune
 from hfprune import cli
 from hfprune.importance.criteria import CRITERIA
+from hfprune.planning.budget import Budget
+from hfprune.recipe import Recipe
 from hfprune.structure.architectures import ROWS
+from hfprune.tasks import TASKS
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -97,6 +101,18 @@ def test_the_page_on_scoring_runs(tmp_path, monkeypatch, capsys):
     assert names["by_itself"].examples == 32
     kept = hfprune.from_pretrained(tmp_path / "sparse").bert.encoder.layer[1].output.dense.weight
     assert (kept == 0).float().mean() == 0.5
+
+
+def test_the_page_on_recipes_knows_every_task_and_its_recipes_parse():
+    text = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`([a-z-]+)`", row)} - {"task"}
+    assert named == TASKS.keys()
+    blocks = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    recipes = [Recipe.from_dict(yaml.safe_load(block)) for block in blocks]
+    assert [len(recipe.prune.budgets) for recipe in recipes] == [1, 1, 4]
+    for recipe in recipes:
+        assert all(Budget.parse(budget) for budget in recipe.prune.budgets)
 
 
 def test_links_lead_somewhere():
