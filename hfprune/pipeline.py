@@ -27,6 +27,7 @@ import yaml
 
 from hfprune.data import Batches
 from hfprune.errors import HfpruneError, RecipeError, unknown
+from hfprune.evaluation.hardware import metered
 from hfprune.files import write_whole
 from hfprune.processes import Processes, launched
 from hfprune.publishing.report import Report
@@ -165,13 +166,17 @@ class _Run:
             if self.processes.main:
                 self._prepare(step, temporary)
             self.processes.gather()
-            if step.together or self.processes.main:
-                step.make(temporary)
+            with metered() as meter:
+                if step.together or self.processes.main:
+                    step.make(temporary)
+                joules = meter.joules()
             seconds = time.perf_counter() - start
             if self.processes.main:
                 _remove(final)
                 temporary.rename(final)
                 entry: dict[str, Any] = {"key": key, "seconds": round(seconds, 1)}
+                if joules is not None and self._draws_here_alone():
+                    entry["joules"] = round(joules, 1)
                 if self.steps.commits:
                     entry["commits"] = dict(self.steps.commits)
                 self._write_done(steps_done(self.folder) | {step.artefact: entry})
@@ -186,6 +191,11 @@ class _Run:
             ) from error
         self.processes.gather()
         return seconds
+
+    def _draws_here_alone(self) -> bool:
+        """Whether all work is done by this machine's processors, whose counters can be read."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return self.processes.cpu and here == self.processes.count
 
     def _prepare(self, step: Step, temporary: Path) -> None:
         """Remove what earlier tries left, of this step and of other recipes."""

@@ -174,6 +174,8 @@ class Measure:
         threads: CPU threads; 0 leaves torch's default.
         curve: budgets at which plans by the recipe's criterion, by magnitude and at random are
             judged on the test split, before any recovery, for the report's curve.
+        carbon_intensity: grams of CO2 equivalent per kWh of the electricity here, from which the
+            card tells the run's emissions where its energy can be read; null to tell none.
     """
 
     batch_sizes: tuple[int, ...] = (1, 32)
@@ -181,6 +183,7 @@ class Measure:
     repeats: int = 30
     threads: int = 0
     curve: tuple[str, ...] = ()
+    carbon_intensity: float | None = None
 
 
 @dataclass(frozen=True)

@@ -439,9 +439,22 @@ class Steps:
             seconds=seconds | {"report.json": round(time.perf_counter() - start, 1)},
             pruning=Pruning.of(plan, scores),
             recipe=self.recipe.to_dict(),
+            energy=self.energy,
+            carbon_intensity=self.recipe.measure.carbon_intensity,
             curve=self._curve(quality, models["dense"], scores),
         )
         path.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+
+    @property
+    def energy(self) -> dict[str, float]:
+        """Joules of every step up to the last model; {} if one of them could not be read."""
+        done, artefacts = steps_done(self.folder), [step.artefact for step in self.listed()]
+        found = {
+            artefact: done.get(artefact, {}).get("joules")
+            for artefact in artefacts[: artefacts.index(self.last) + 1]
+        }
+        known = {artefact: joules for artefact, joules in found.items() if joules is not None}
+        return known if len(known) == len(found) and any(known.values()) else {}
 
     def _judge(self, model: PreTrainedModel) -> Quality:
         """The quality of a model on the test split."""

@@ -15,15 +15,18 @@ import pytest
 import tiny
 import torch
 import yaml
+from counters import counting
 from test_data import sentences, tiny_tokenizer, write
 
 import hfprune
 from hfprune import pipeline, steps
 from hfprune.errors import DataError, HfpruneError, RecipeError
+from hfprune.evaluation import hardware
 from hfprune.evaluation.evaluate import evaluate_classification
 from hfprune.importance.scoring import Scores
 from hfprune.pipeline import evaluation_batches
 from hfprune.planning.plan import PruningPlan
+from hfprune.processes import Processes
 from hfprune.publishing.report import Report
 from hfprune.publishing.units import Pruning
 from hfprune.recipe import Recipe
@@ -446,6 +449,23 @@ def test_a_language_models_whole_run(tmp_path):
     assert [v.name for v in report.variants] == ["dense", "pruned", "compensated"]
     assert {v.quality.metric for v in report.variants} == {"perplexity"}
     assert json.loads(at(recipe, "reloaded.json").read_text())["model"] == "compensated"
+
+
+def test_the_energy_of_every_step_is_kept_where_it_can_be_read(tmp_path, monkeypatch):
+    recipe = make(tmp_path, distill=None)
+    (tmp_path / "powercap").mkdir()
+    monkeypatch.setattr(hardware, "POWERCAP", tmp_path / "powercap")
+    with counting(tmp_path / "powercap", **{"package-0": 20}):
+        hfprune.run(recipe, say=str, until="result")
+    done = steps.steps_done(at(recipe))
+    energy = steps.Steps(recipe, str, Processes()).energy
+    assert energy.keys() == done.keys() == set(list(STEPS)[:6])
+    assert sum(energy.values()) == pytest.approx(
+        20 * sum(entry["seconds"] for entry in done.values()), rel=0.2, abs=10
+    )
+    del done["scores"]["joules"]  # of a step that was made where no counter can be read
+    at(recipe, "steps.json").write_text(json.dumps(done))
+    assert steps.Steps(recipe, str, Processes()).energy == {}
 
 
 def test_a_uniform_run_needs_no_hfprune_to_load(tmp_path):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +21,9 @@ ENERGY_TURNS, ENERGY_SECONDS = 5, 1.0
 """How often, and how long each time, a model runs while its energy is read; the counters tick in
 milliseconds.
 """
+
+ENERGY_PAUSE = 60.0
+"""Seconds between two looks at the counters during long work."""
 
 POWERCAP = Path("/sys/class/powercap")
 """Where Linux shows the energy counters of Intel's and AMD's processors (RAPL)."""
@@ -55,7 +60,7 @@ def energy_per_example(
     the package counts it. Empty where no counter can be read, and for models that are not on the
     CPU: a processor's nominal power would be an estimate.
     """
-    meter = _EnergyMeter()
+    meter = EnergyMeter()
     if meter.joules() is None or any(next(m.parameters()).is_cuda for m in models.values()):
         return {}
     spent, examples = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0)
@@ -77,30 +82,58 @@ def energy_per_example(
     return {name: spent[name] / examples[name] for name in models if spent[name] > 0}
 
 
-class _EnergyMeter:
-    """The energy counters of all processor packages, from the moment they are first read."""
+class EnergyMeter:
+    """What all processor packages draw, by their counters, from the moment they are first read."""
 
     def __init__(self) -> None:
         zones = sorted(POWERCAP.glob("intel-rapl:*"))
         self._packages = [z for z in zones if _read(z / "name").startswith("package")]
+        self._lock = threading.Lock()
         self.restart()
 
     def restart(self) -> None:
         """Count from now on."""
-        self._before = [_read(zone / "energy_uj") for zone in self._packages]
+        with self._lock:
+            self._before = [_read(zone / "energy_uj") for zone in self._packages]
+            self._microjoules, self._readable = 0, bool(self._packages)
 
     def joules(self) -> float | None:
-        """Joules drawn since; None if a counter cannot be read, or if there is none."""
-        total = 0
-        for zone, before in zip(self._packages, self._before, strict=True):
-            after = _read(zone / "energy_uj")
-            if not (before and after):
-                return None
-            drawn = int(after) - int(before)
-            if drawn < 0:  # the counter began anew at its largest value
-                drawn += int(_read(zone / "max_energy_range_uj"))
-            total += drawn
-        return total / 1e6 if self._packages else None
+        """Joules drawn since; None if a counter could not be read, or if there is none.
+
+        A counter begins anew at its largest value, after an hour or less of hard work: ask in time.
+        """
+        with self._lock:
+            for index, zone in enumerate(self._packages):
+                before, after = self._before[index], _read(zone / "energy_uj")
+                if not (before and after):
+                    self._readable = False
+                    break
+                drawn = int(after) - int(before)
+                if drawn < 0:
+                    drawn += int(_read(zone / "max_energy_range_uj"))
+                self._microjoules += drawn
+                self._before[index] = after
+            return self._microjoules / 1e6 if self._readable else None
+
+
+@contextmanager
+def metered() -> Iterator[EnergyMeter]:
+    """A meter for work of any length: a thread asks it in time."""
+    meter, done = EnergyMeter(), threading.Event()
+
+    def ask() -> None:
+        while not done.wait(ENERGY_PAUSE):
+            meter.joules()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    if meter.joules() is not None:
+        thread.start()
+    try:
+        yield meter
+    finally:
+        done.set()
+        if thread.ident is not None:
+            thread.join()
 
 
 def _read(path: Path) -> str:

@@ -30,6 +30,7 @@ END = "<!-- /hfprune -->"
 RELATION = "finetune"
 TAGS = ("hfprune", "pruned", "structured-pruning")
 _ALWAYS_ANEW = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "model-index")
+_OUR_COUNT = "hfprune"  # how the source of emissions begins that hfprune counted
 _TASKS = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
@@ -122,6 +123,8 @@ def _metadata(
     from huggingface_hub import ModelCardData
 
     kept = {key: value for key, value in before.items() if key not in _ALWAYS_ANEW}
+    if str(_source_of(kept.get("co2_eq_emissions"))).startswith(_OUR_COUNT):
+        del kept["co2_eq_emissions"]  # people's own counts stay
     taken = dict(inherited or {})
     dataset = parcel.recipe.get("data", {}).get("dataset")
     if dataset:
@@ -132,6 +135,8 @@ def _metadata(
         values["license"] = license
     values["tags"] = [*TAGS, *(t for t in _listed(kept.get("tags")) if t not in TAGS)]
     values |= {"library_name": "transformers", "pipeline_tag": task_of(parcel)}
+    if emitted := _emissions(parcel.report):
+        values.setdefault("co2_eq_emissions", emitted)
     base = base_of(parcel)
     if base:
         values |= {"base_model": base[0], "base_model_relation": RELATION}
@@ -139,6 +144,30 @@ def _metadata(
     if results:
         values |= {"model_name": repo_id.split("/")[-1], "eval_results": results}
     return ModelCardData(**values).to_yaml()
+
+
+def _source_of(emissions: Any) -> Any:
+    return emissions.get("source") if isinstance(emissions, Mapping) else None
+
+
+def _emissions(report: Report | None) -> dict[str, Any]:
+    """What the Hub shows as the carbon footprint; {} where it is not known."""
+    if report is None or report.emissions is None:
+        return {}
+    return {
+        "emissions": float(f"{report.emissions:.3g}"),
+        "source": f"{_OUR_COUNT}: {_drawn(report)}",
+        "training_type": "fine-tuning",
+        "hardware_used": str(report.machine.get("CPU", "CPU")),
+    }
+
+
+def _drawn(report: Report) -> str:
+    """Energy and emissions in words."""
+    found = f"{report.kilowatt_hours:.3g} kWh by the processors' own counters"
+    if report.emissions is None:
+        return found
+    return f"{found}, at {report.carbon_intensity:g} g of CO2 equivalent per kWh"
 
 
 def _listed(value: Any) -> list[Any]:
@@ -284,6 +313,8 @@ def _made(parcel: Parcel) -> list[str]:
         lines.append("The weights that stay were refitted by least squares on the same examples.")
     if distill:
         lines.append(f"It was distilled from the dense model: {_training(distill)}.")
+    if parcel.report and parcel.report.energy:
+        lines.append(f"All steps up to this model drew {_drawn(parcel.report)}.")
     machine = parcel.report.machine if parcel.report else {}
     versions = ", ".join(f"{name} {value}" for name, value in machine.items())
     lines.append(f"Seed {recipe['seed']}. {versions}.".replace(" .", ""))

@@ -87,6 +87,7 @@ class Report:
         curve: quality over budgets, where more than one was tried.
         energy: {artefact: joules that the processors drew in the step that made it}, of the steps
             up to the last model; {} where one of them could not be read.
+        carbon_intensity: grams of CO2 equivalent per kWh, as the recipe says.
     """
 
     variants: tuple[Variant, ...]
@@ -97,6 +98,7 @@ class Report:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     curve: tuple[CurvePoint, ...] = ()
     energy: Mapping[str, float] = field(default_factory=dict)
+    carbon_intensity: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -118,6 +120,7 @@ class Report:
             "recipe": dict(self.recipe),
             "curve": [asdict(point) for point in self.curve],
             "energy": dict(self.energy),
+            "carbon_intensity": self.carbon_intensity,
         }
 
     @staticmethod
@@ -145,6 +148,7 @@ class Report:
             values.get("recipe", {}),
             tuple(CurvePoint(**point) for point in values.get("curve", ())),
             values.get("energy", {}),
+            values.get("carbon_intensity"),
         )
 
     @property
@@ -161,6 +165,18 @@ class Report:
     def structures(self) -> list[Variant]:
         """One variant of each structure, the last: refitted and distilled weights run alike."""
         return list({(v.params, v.macs): v for v in self.variants}.values())
+
+    @property
+    def kilowatt_hours(self) -> float | None:
+        """What the processors drew up to the last model; None where it was not read."""
+        return sum(self.energy.values()) / 3.6e6 if self.energy else None
+
+    @property
+    def emissions(self) -> float | None:
+        """Grams of CO2 equivalent of that energy; None where one of the two is not known."""
+        if self.kilowatt_hours is None or self.carbon_intensity is None:
+            return None
+        return self.kilowatt_hours * self.carbon_intensity
 
     def cells(self) -> list[list[str]]:
         """The side-by-side table as text: a header row, then one row per variant."""

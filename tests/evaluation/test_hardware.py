@@ -1,46 +1,14 @@
 """Energy from counters that are files, as the kernel's are; and what a machine is called."""
 
 import os
-import threading
 import time
 
 import pytest
 import torch
+from counters import counting
 
 from hfprune.evaluation import hardware
-from hfprune.evaluation.hardware import energy_per_example, machine
-
-LARGEST = 1_000_000_000
-
-
-class Counters:
-    """A powercap folder whose packages draw a known power, until it is stopped."""
-
-    def __init__(self, folder, watts):
-        self.zones = []
-        for number, (name, power) in enumerate(watts.items()):
-            zone = folder / f"intel-rapl:{number}"
-            zone.mkdir()
-            (zone / "name").write_text(f"{name}\n")
-            (zone / "max_energy_range_uj").write_text(f"{LARGEST}\n")
-            self.zones.append((zone / "energy_uj", power))
-        self.start = time.perf_counter()
-        self.write()
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self.run, daemon=True)
-
-    def write(self):
-        elapsed = time.perf_counter() - self.start
-        for path, watts in self.zones:
-            # They begin near the end of their range: every one starts anew soon.
-            count = int(LARGEST - 50_000 * watts + elapsed * watts * 1e6) % LARGEST
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(f"{count}\n")
-            os.replace(temporary, path)
-
-    def run(self):
-        while not self.stopped.wait(0.002):
-            self.write()
+from hfprune.evaluation.hardware import energy_per_example, machine, metered
 
 
 class Sleeper(torch.nn.Module):
@@ -59,41 +27,53 @@ BATCH = {"input_ids": torch.ones(4, 8, dtype=torch.long), "labels": torch.zeros(
 
 
 @pytest.fixture
-def counters(tmp_path, monkeypatch):
-    made = []
-
-    def make(**watts):
-        monkeypatch.setattr(hardware, "POWERCAP", tmp_path)
-        monkeypatch.setattr(hardware, "ENERGY_SECONDS", 0.1)
-        monkeypatch.setattr(hardware, "ENERGY_TURNS", 2)
-        made.append(Counters(tmp_path, watts))
-        made[-1].thread.start()
-        return made[-1]
-
-    yield make
-    for counter in made:
-        counter.stopped.set()
-        counter.thread.join()
+def powercap(tmp_path, monkeypatch):
+    """Where the counters are."""
+    monkeypatch.setattr(hardware, "POWERCAP", tmp_path)
+    monkeypatch.setattr(hardware, "ENERGY_SECONDS", 0.1)
+    monkeypatch.setattr(hardware, "ENERGY_TURNS", 2)
+    return tmp_path
 
 
-def test_energy_is_power_times_time_of_all_packages(counters):
-    counters(**{"package-0": 30, "package-1": 10, "psys": 500})
+def test_energy_is_power_times_time_of_all_packages(powercap):
     models = {"slow": Sleeper(0.02), "fast": Sleeper(0.005)}
-    joules = energy_per_example(models, BATCH)
+    with counting(powercap, **{"package-0": 30, "package-1": 10, "psys": 500}):
+        joules = energy_per_example(models, BATCH)
     # 40 W for the time of a batch, shared among its 4 examples; the machine may be slower.
     assert 0.9 * 40 * 0.02 / 4 < joules["slow"] < 3 * 40 * 0.02 / 4
     assert 0.9 * 40 * 0.005 / 4 < joules["fast"] < joules["slow"]
 
 
-def test_energy_is_never_made_up(counters, tmp_path):
+def test_work_of_any_length_is_metered(powercap, monkeypatch):
+    """The counters begin anew several times meanwhile."""
+    monkeypatch.setattr(hardware, "ENERGY_PAUSE", 0.02)
+    with counting(powercap, largest=12_000_000, **{"package-0": 30}):
+        start = time.perf_counter()
+        with metered() as meter:
+            time.sleep(1.5)
+            joules = meter.joules()
+        elapsed = time.perf_counter() - start
+    assert 0.9 * 30 * 1.5 < joules <= 1.1 * 30 * elapsed
+
+
+def test_a_counter_that_was_lost_meanwhile_is_no_measurement(powercap):
+    with counting(powercap, **{"package-0": 30}) as made, metered() as meter:
+        assert meter.joules() is not None
+        made.stop()
+        (powercap / "intel-rapl:0" / "energy_uj").rename(powercap / "away")
+        assert meter.joules() is None
+        (powercap / "away").rename(powercap / "intel-rapl:0" / "energy_uj")
+        assert meter.joules() is None
+
+
+def test_energy_is_never_made_up(powercap):
     models = {"one": Sleeper(0.001)}
-    made = counters(**{"package-0": 30})
-    made.stopped.set()
-    made.thread.join()
+    with counting(powercap, **{"package-0": 30}):
+        pass
     assert energy_per_example(models, BATCH) == {}  # a counter that stands still
-    (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
+    (powercap / "intel-rapl:0" / "energy_uj").unlink()
     assert energy_per_example(models, BATCH) == {}  # one that cannot be read
-    (tmp_path / "intel-rapl:0" / "name").write_text("dram")
+    (powercap / "intel-rapl:0" / "name").write_text("dram")
     assert energy_per_example(models, BATCH) == {}  # none of a package
 
 

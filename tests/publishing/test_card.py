@@ -59,6 +59,36 @@ def test_the_hub_reads_the_metadata_of_a_run(run):
     assert "co2_eq_emissions" not in data.to_dict()
 
 
+def test_emissions_are_told_where_energy_was_read_and_its_carbon_is_known(tmp_path):
+    run = saved.run(tmp_path)
+    report = json.loads((run / "report.json").read_text())
+
+    def measured(**values):
+        (run / "report.json").write_text(json.dumps(report | values))
+        return ModelCard(text_of(run)).data.to_dict().get("co2_eq_emissions"), text_of(run)
+
+    read = {"energy": {"dense": 3.6e6, "distilled": 1.8e6}}
+    assert "kWh" not in measured(carbon_intensity=100.0)[1]
+    emissions, text = measured(**read)
+    assert emissions is None and "drew 1.5 kWh by the processors' own counters." in text
+    emissions, text = measured(**read, carbon_intensity=56.0)
+    assert emissions.pop("source").startswith("hfprune: 1.5 kWh")
+    assert emissions == {
+        "emissions": 84,  # grams
+        "training_type": "fine-tuning",
+        "hardware_used": "a fine one",
+    }
+    assert "at 56 g of CO2 equivalent per kWh" in text
+    # What hfprune has counted goes with the model it was counted for; a person's count stays.
+    measured()
+    assert "co2_eq_emissions" not in data_of(run, previous=text).to_dict()
+    mine = text.replace("source: 'hfprune:", "source: 'codecarbon,").replace(
+        "source: hfprune:", "source: codecarbon,"
+    )
+    kept = data_of(run, previous=mine).to_dict()["co2_eq_emissions"]
+    assert kept["source"].startswith("codecarbon") and kept["emissions"] == 84
+
+
 def test_a_hub_data_set_is_named_with_its_revision(tmp_path):
     data = saved.RECIPE["data"] | {
         "dataset": "org/movies",
