@@ -14,13 +14,17 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from hfprune.errors import HfpruneError
+
+if TYPE_CHECKING:
+    from accelerate.utils import FullyShardedDataParallelPlugin
 
 _FAILED = "failed"
 _PAUSE = 0.05  # seconds between two looks
@@ -87,13 +91,7 @@ class Processes:
         Raises:
             HfpruneError: they did not; says which.
         """
-        values = self.gather(value)
-        if len(set(values)) > 1:
-            listed = ", ".join(f"process {rank}: {value}" for rank, value in enumerate(values))
-            raise HfpruneError(
-                f"The processes do not agree on {what} ({listed}). They must see the same files and"
-                " run the same versions of hfprune and torch."
-            )
+        refuse_disagreement(what, self.gather(value))
 
     def stop_if_failed(self) -> None:
         """Raise the error of another process, if one failed."""
@@ -152,15 +150,15 @@ def launched() -> Iterator[Processes]:
     """The processes that `accelerate launch` or `torchrun` started; one alone without them.
 
     Raises:
-        HfpruneError: they were started to shard the weights, which no step of a run supports.
+        HfpruneError: they were started to shard the weights in a way that is not supported.
         OtherProcessError: another process failed; within seconds after it.
     """
-    for sharding in ("FSDP", "DEEPSPEED"):
-        if _set(f"ACCELERATE_USE_{sharding}"):
-            raise HfpruneError(
-                f"{sharding} was asked for; a run keeps the whole model in every process. Start it"
-                " with one of the files in recipes/accelerate, or by torchrun."
-            )
+    if _set("ACCELERATE_USE_DEEPSPEED"):
+        refuse_deepspeed()
+    if fsdp_asked():
+        from accelerate.utils import FullyShardedDataParallelPlugin
+
+        refuse_fsdp(FullyShardedDataParallelPlugin())
     count = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = torch.accelerator.current_accelerator()
     cpu = accelerator is None or accelerator.type == "mps"  # which has no float64
@@ -191,6 +189,58 @@ def launched() -> Iterator[Processes]:
         # group: as its last owner it would wait for a thread that waits for the interpreter's lock.
         gc.collect()
         dist.destroy_process_group()
+
+
+def refuse_disagreement(what: str, values: Sequence[str]) -> None:
+    """Make sure that all processes came to the same; values are in their order.
+
+    Raises:
+        HfpruneError: they did not; says which.
+    """
+    if len(set(values)) > 1:
+        listed = ", ".join(f"process {rank}: {value}" for rank, value in enumerate(values))
+        raise HfpruneError(
+            f"The processes do not agree on {what} ({listed}). They must see the same files and"
+            " run the same versions of hfprune and torch."
+        )
+
+
+def fsdp_asked() -> bool:
+    """Whether Accelerate was told to shard the weights by FSDP."""
+    return _set("ACCELERATE_USE_FSDP")
+
+
+def refuse_deepspeed() -> NoReturn:
+    """Refuse DeepSpeed.
+
+    Raises:
+        HfpruneError: says what to use instead.
+    """
+    raise HfpruneError(
+        "DeepSpeed was asked for, which is not supported: weights are sharded by FSDP2. Start with"
+        " recipes/accelerate/fsdp2.yaml; docs/accelerate.md says which setting stands for which"
+        " ZeRO stage."
+    )
+
+
+def refuse_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Refuse what is not supported of FSDP.
+
+    Raises:
+        HfpruneError: names the setting, and what it must be.
+    """
+    given = {
+        "fsdp_version": (plugin.fsdp_version, 2),
+        "fsdp_state_dict_type": (plugin.state_dict_type.name, "FULL_STATE_DICT"),
+        # Scoring and planning read the whole model in every process.
+        "fsdp_cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, False),
+    }
+    for name, (value, needed) in given.items():
+        if value != needed:
+            raise HfpruneError(
+                f"{name} is {value}; only {needed} is supported. Start from"
+                " recipes/accelerate/fsdp2.yaml."
+            )
 
 
 def _set(flag: str) -> bool:

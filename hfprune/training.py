@@ -4,8 +4,9 @@ number of processes nor an interruption changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,9 @@ from hfprune.data import Collate, lengths_of
 from hfprune.errors import RecipeError
 from hfprune.processes import Processes
 from hfprune.recipe import Distill, Finetune, Recipe
-from hfprune.recovery.checkpoints import (
-    last_complete_checkpoint,
-    refuse_spoilt,
-    training_format,
-)
+from hfprune.recovery.checkpoints import last_complete_checkpoint
 from hfprune.recovery.distillation import DistillationArguments, DistillationTrainer
+from hfprune.recovery.sharding import ShardableTrainer, spread
 from hfprune.tasks import Task
 
 if TYPE_CHECKING:
@@ -80,13 +78,8 @@ class _InOrder:
         return ByLength(lengths_of(dataset), self.args.train_batch_size, self.args.seed)
 
 
-class _Trainer(_InOrder, Trainer):
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save what can be loaded back, and never weights that are not finite."""
-        saved = self.accelerator.unwrap_model(self.model)
-        refuse_spoilt(saved, self.state.global_step, self.args.output_dir)
-        with training_format(saved):
-            super()._save_checkpoint(model, trial)
+class _Trainer(_InOrder, ShardableTrainer):
+    pass
 
 
 class _DistillationTrainer(_InOrder, DistillationTrainer):
@@ -116,7 +109,7 @@ class Training:
         settings = self.recipe.finetune
         assert settings is not None
         args = TrainingArguments(**self._arguments(settings, checkpoints))
-        self._train(model, _Trainer(model, args, **self._data()), settings)
+        self._train(model, settings, args, partial(_Trainer, args=args, **self._data()))
 
     def distil(
         self,
@@ -136,32 +129,37 @@ class Training:
             hidden_weight=settings.hidden_weight,
             temperature=settings.temperature,
         )
-        trainer = _DistillationTrainer(
-            student,
-            teacher,
-            args,
+        make = partial(
+            _DistillationTrainer,
+            teacher=teacher,
+            args=args,
             layer_map=layer_map,
             callbacks=list(callbacks),
             **self._data(),
         )
-        self._train(student, trainer, settings)
+        self._train(student, settings, args, make)
 
     def _train(
-        self, model: PreTrainedModel, trainer: Trainer, settings: Finetune | Distill
+        self,
+        model: PreTrainedModel,
+        settings: Finetune | Distill,
+        args: TrainingArguments,
+        make: Callable[[PreTrainedModel], Trainer],
     ) -> None:
         """Train, from the last checkpoint if there is one; the model is trainable after as before,
-        and in eval mode.
+        in eval mode and on the CPU.
         """
-        embeddings = model.get_input_embeddings()  # of images, a module that has no `weight`
-        embeddings.requires_grad_(not settings.freeze_embeddings)
-        output = trainer.args.output_dir
-        checkpoint = last_complete_checkpoint(output)
-        try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finally:
-            embeddings.requires_grad_(True)
-            model.eval()
-        self.processes.gather()  # every process has read the best checkpoint
+        checkpoint = last_complete_checkpoint(args.output_dir)
+        with spread(model, args) as trained:
+            embeddings = trained.get_input_embeddings()  # of images, a module without `weight`
+            embeddings.requires_grad_(not settings.freeze_embeddings)
+            trainer = make(trained)
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            finally:
+                embeddings.requires_grad_(True)
+                trained.eval()
+            self.processes.gather()  # every process has read the best checkpoint
         torch.nn.Module.to(model, "cpu")
 
     def _data(self) -> dict[str, Any]:

@@ -55,14 +55,14 @@ def together(code, count=2, timeout=90):
     return [(p.returncode, *texts) for p, texts in zip(processes, ended, strict=True)]
 
 
-def torchrun(file, *arguments, count=2, timeout=300):
+def torchrun(file, *arguments, count=2, timeout=300, **variables):
     """Run a file as the main program of several CPU processes."""
     options = ["-m", "torch.distributed.run", f"--nproc-per-node={count}", "--standalone"]
     subprocess.run(
         [sys.executable, *options, file, *map(str, arguments)],
         check=True,
         timeout=timeout,
-        env=environment(ACCELERATE_USE_CPU="true"),
+        env=environment(ACCELERATE_USE_CPU="true", **variables),
     )
 
 

@@ -8,7 +8,7 @@ import hfprune
 ROOT = Path(hfprune.__file__).parent
 FLOORS = (
     {"errors", "files"},
-    {"structure"},
+    {"structure", "processes"},
     {"importance"},
     {"planning"},
     {"recovery", "evaluation"},
@@ -19,7 +19,6 @@ FLOORS = (
         "tasks",
         "recipe",
         "pruning",
-        "processes",
         "rounds",
         "training",
         "steps",

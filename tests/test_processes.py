@@ -40,9 +40,34 @@ with launched() as processes:
         assert "do not agree on the plan (process 0: plan-0, process 1: plan-1, process 2" in err
 
 
-def test_sharded_weights_are_refused_before_anything(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(HfpruneError, match="FSDP was asked for; a run keeps the whole"), launched():
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, "fsdp_version is 1; only 2 is supported.*fsdp2.yaml"),
+        ({"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "only FULL_STATE_DICT is supported"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "efficient_loading is True; only False"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed was asked for.*fsdp2.yaml"),
+        ({}, None),
+    ],
+)
+def test_ways_to_shard_that_are_not_supported_are_refused_before_anything(
+    changes, message, monkeypatch
+):
+    for name, value in (FSDP2 | changes).items():
+        monkeypatch.setenv(name, value)
+    if message is None:
+        with launched() as processes:
+            assert processes.main
+        return
+    with pytest.raises(HfpruneError, match=message), launched():
         pass
 
 

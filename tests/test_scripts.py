@@ -56,7 +56,10 @@ def test_accelerate_reads_its_files(path):
     known = {field.name for field in dataclasses.fields(config)}
     assert set(yaml.safe_load(path.read_text())) <= known
     assert config.num_processes % config.num_machines == 0
-    assert config.distributed_type == "MULTI_GPU"  # the only kind that starts plain processes
+    sharded = "fsdp" in path.stem
+    # MULTI_GPU is the only other kind that starts plain processes.
+    assert config.distributed_type == ("FSDP" if sharded else "MULTI_GPU")
+    assert bool(config.fsdp_config) is sharded and not config.deepspeed_config
     assert f"recipes/accelerate/{path.name}" in (ROOT / "docs" / "accelerate.md").read_text()
 
 
@@ -65,7 +68,12 @@ def recipes(folder: Path, count: int):
     made = []
     for number in range(count):
         distill = {"epochs": 3, "learning_rate": 1e-3, "batch_size": 4}
-        recipe = generation(folder / str(number), prune={"budget": "params=70%"}, distill=distill)
+        recipe = generation(
+            folder / str(number),
+            prune={"budget": "params=70%"},
+            finetune={"epochs": 1, "learning_rate": 1e-3, "batch_size": 4},
+            distill=distill,
+        )
         (folder / f"{number}.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
         made.append(recipe)
     # A last batch that is not full would be filled up, and two processes would see other examples.
@@ -77,27 +85,65 @@ def weights(recipe, name):
     return hfprune.from_pretrained(at(recipe, name)).state_dict()
 
 
+def sharded_on_cpus(folder):
+    """The shipped file for FSDP2, for two CPU processes."""
+    config = yaml.safe_load((ROOT / "recipes" / "accelerate" / "fsdp2.yaml").read_text())
+    path = folder / "fsdp2.yaml"
+    path.write_text(yaml.safe_dump(config | {"use_cpu": True, "num_processes": 2}))
+    return path
+
+
+SEEING = """
+import sys
+from torch.distributed.tensor import DTensor
+from hfprune.cli import main
+from hfprune.recovery.sharding import ShardableTrainer
+
+step = ShardableTrainer.training_step
+
+def seen(self, model, *given, **named):
+    whole = sum(not isinstance(p, DTensor) for p in model.parameters())
+    print(f"{type(self).__name__}: {whole} of the parameters are whole")
+    return step(self, model, *given, **named)
+
+ShardableTrainer.training_step = seen
+main(["distill", *sys.argv[1:]])
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path):
-    one, two = recipes(tmp_path, 2)
+    one, two, sharded = recipes(tmp_path, 3)
     status, said, err = alone("distill.py", tmp_path / "0.yaml")
     assert status == 0, err
-    options = ["--config_file", ROOT / "recipes" / "accelerate" / "cpu.yaml"]
-    both = launch("distill.py", tmp_path / "1.yaml", options=options)
-    assert "2 processes do it together." in both
-    assert both.count("Planning ...") == 1, "one process tells"
-    scores = [Scores.load(at(recipe, "scores")) for recipe in (one, two)]
+    (tmp_path / "seeing.py").write_text(SEEING)
+    cpus = ROOT / "recipes" / "accelerate" / "cpu.yaml"
+    ways = [("distill.py", cpus, two), (tmp_path / "seeing.py", sharded_on_cpus(tmp_path), sharded)]
+    for number, (script, config, recipe) in enumerate(ways, start=1):
+        both = launch(script, tmp_path / f"{number}.yaml", options=["--config_file", config])
+        assert "2 processes do it together." in both
+        assert both.count("Planning ...") == 1, "one process tells"
+        assert losses(both) == pytest.approx(losses(said), rel=1e-4) and losses(said)
+        same_run(recipe, one)
+        if recipe is sharded:
+            assert both.count("_Trainer: 0 of the parameters are whole") > 0
+            assert both.count("_DistillationTrainer: 0 of the parameters are whole") > 0
+            assert " are whole" not in both.replace(": 0 of the parameters are whole", "")
+
+
+def same_run(recipe, one):
+    """Scores, plan and trained weights are those of another run, to rounding."""
+    scores = [Scores.load(at(r, "scores")) for r in (one, recipe)]
     assert (scores[0].examples, scores[0].tokens) == (scores[1].examples, scores[1].tokens)
     for criterion, groups in scores[0].importance.items():
         for name, values in groups.items():
             other = scores[1].by(criterion)[name]
             torch.testing.assert_close(other, values, rtol=1e-4, atol=1e-9)
-    plans = [PruningPlan.load(at(recipe, "plan.json")) for recipe in (one, two)]
+    plans = [PruningPlan.load(at(r, "plan.json")) for r in (one, recipe)]
     assert plans[0].keep == plans[1].keep
-    assert losses(both) == pytest.approx(losses(said), rel=1e-4) and losses(said)
     trained, start = weights(one, "distilled"), weights(one, "compensated")
     assert not trained["lm_head.weight"].equal(start["lm_head.weight"])
-    for name, tensor in weights(two, "distilled").items():
+    for name, tensor in weights(recipe, "distilled").items():
         torch.testing.assert_close(tensor, trained[name], rtol=1e-3, atol=2e-5)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,9 +86,19 @@ def keeping_the_best(args: DistillationArguments) -> DistillationArguments:
 
 
 def last_complete_checkpoint(output_dir: str | None) -> Path | None:
-    """The newest checkpoint written to its end: a run may have been killed while saving."""
+    """The newest checkpoint written to its end: a run may have been killed while saving, or the
+    disk was full.
+    """
     states = Path(output_dir or ".").glob(f"{PREFIX_CHECKPOINT_DIR}-*/{_STATE_FILE}")
-    return max((state.parent for state in states), key=step_of, default=None)
+    return max((s.parent for s in states if _is_json(s)), key=step_of, default=None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except ValueError:
+        return False
+    return True
 
 
 def refuse_spoilt(model: nn.Module, step: int, output_dir: str | None) -> None:

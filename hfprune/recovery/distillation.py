@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel, Trainer
+from transformers import AutoModel, PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
-from hfprune.errors import CheckpointError, DataError, RecipeError
+from hfprune.errors import DataError, RecipeError
 from hfprune.importance.losses import shifts_labels
 from hfprune.recovery.arguments import DistillationArguments
 from hfprune.recovery.checkpoints import (
@@ -20,9 +20,7 @@ from hfprune.recovery.checkpoints import (
     StartCompetes,
     keeping_the_best,
     last_complete_checkpoint,
-    refuse_spoilt,
     step_of,
-    training_format,
     use_cache,
 )
 from hfprune.recovery.compatibility import (
@@ -51,6 +49,7 @@ from hfprune.recovery.parts import (
     task_loss,
     without_dropout,
 )
+from hfprune.recovery.sharding import ShardableTrainer, spread
 from hfprune.recovery.teacher_cache import ROW, Numbered, TeacherCache, numbered
 from hfprune.structure.checkpoint import from_pretrained
 
@@ -58,7 +57,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(ShardableTrainer):
     """A Trainer whose loss compares the student with a teacher.
 
     The teacher runs in eval mode under no_grad, in its own dtype, on the student's device; it is
@@ -340,23 +339,8 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint to resume from, whose config has the model's own `use_cache`."""
-        saved = self.accelerator.unwrap_model(self.model)
-        refuse_spoilt(saved, self.state.global_step, self.args.output_dir)
-        with use_cache(self._student, self._own_use_cache), training_format(saved):
+        with use_cache(self._student, self._own_use_cache):
             super()._save_checkpoint(model, trial)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Refuse a checkpoint that does not fit; the Trainer would warn and keep old weights."""
-        optional = set(getattr(self.model, "all_tied_weights_keys", ()))
-        optional.update(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
-        missing = [name for name in load_result.missing_keys if name not in optional]
-        unexpected = list(load_result.unexpected_keys)
-        if missing or unexpected:
-            raise CheckpointError(
-                f"The checkpoint lacks {len(missing)} of the model's tensors {missing[:3]} and has "
-                f"{len(unexpected)} it does not know {unexpected[:3]}. Resume from a checkpoint "
-                "that DistillationTrainer wrote for this very structure."
-            )
 
 
 def distill(
@@ -418,7 +402,7 @@ def distill(
         )
     if eval_dataset is not None and compute_metrics is not None and not args.load_best_model_at_end:
         args = keeping_the_best(args)
-    with contextlib.nullcontext(student) if lora is None else adapted(student, lora) as model:
+    with spread(student, args) if lora is None else adapted(student, lora) as model:
         trainer = DistillationTrainer(
             model,
             teacher,

@@ -10,7 +10,6 @@ give if it were open is seen at its gate, so one that turns out to matter comes 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -35,6 +34,7 @@ from hfprune.planning.budget import Budget
 from hfprune.planning.constraints import Constraints
 from hfprune.planning.plan import PruningPlan
 from hfprune.planning.solve import plan
+from hfprune.processes import refuse_disagreement
 from hfprune.recovery.schedule import Schedule
 from hfprune.structure.anatomy import Anatomy, Block, Group, check_whole
 from hfprune.structure.checkpoint import as_stock
@@ -346,7 +346,7 @@ class GradualPruning(TrainerCallback):
         made = self._planned(model, self.importance, budget, self._loose)
         if last:
             self._warn_of_a_gap(model)
-        _agree(made, model.device)
+        _agree(made)
         opened = sum(
             int((self._gates[name][list(units)] == 0).sum())
             for name, units in made.keep.items()
@@ -419,20 +419,13 @@ class GradualPruning(TrainerCallback):
             self._set_gates(self.plan)
 
 
-def _agree(made: PruningPlan, device: torch.device) -> None:
+def _agree(made: PruningPlan) -> None:
     """Refuse to go on when the processes have made different plans.
 
     Raises:
         HfpruneError: in every process.
     """
-    if not dist.is_initialized():
-        return
-    digest = hashlib.sha256(made.fingerprint.encode()).digest()[:7]
-    number = torch.tensor(int.from_bytes(digest), device=device)
-    numbers = [torch.zeros_like(number) for _ in range(dist.get_world_size())]
-    dist.all_gather(numbers, number)
-    if len({int(n) for n in numbers}) > 1:
-        raise HfpruneError(
-            "The processes have made different plans from the same sums; report this with the plans"
-            " of each."
-        )
+    if dist.is_initialized():
+        prints = [""] * dist.get_world_size()
+        dist.all_gather_object(prints, made.fingerprint)
+        refuse_disagreement("the plan", prints)

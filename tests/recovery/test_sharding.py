@@ -1,0 +1,175 @@
+"""Training under FSDP2, really sharded on two CPU processes, against training in one process."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+import hfprune
+from hfprune.recovery.distillation import DistillationArguments, distill
+from hfprune.structure.anatomy import Anatomy
+from hfprune.structure.surgery import copy_and_cut
+from tests import tiny
+from tests.launching import leave, torchrun
+from tests.trained import At, collate, examples
+
+HEADS = {"bert": "AutoModelForSequenceClassification", "gemma3_text": "AutoModelForCausalLM"}
+FAMILIES = list(HEADS)  # gemma's head is tied to its embeddings
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+}
+
+
+def pair(family):
+    """A student with uneven layers, some of them emptied, and the model it was cut from."""
+    teacher = tiny.model(family, HEADS[family])
+    for module in teacher.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return copy_and_cut(teacher, tiny.selection(Anatomy.of(teacher))), teacher
+
+
+class SeesShards(TrainerCallback):
+    """Every step, this process holds about half of the weights and of the optimizer's state."""
+
+    def __init__(self, whole):
+        self.whole, self.steps = whole, 0
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.steps += 1
+        parameters = list(model.parameters())
+        assert all(isinstance(p, DTensor) for p in parameters)
+        assert sum(p.to_local().numel() for p in parameters) < 0.7 * self.whole
+        moments = [s["exp_avg"] for s in optimizer.state.values()]
+        assert moments and all(isinstance(m, DTensor) for m in moments)
+
+
+def run(family, folder, stopped_at=None, resume=False):
+    """(student, log, result) of a distillation of 6 steps, saved and judged at every other one."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    student, teacher = pair(family)
+    args = DistillationArguments(
+        output_dir=str(folder),
+        max_steps=6,
+        learning_rate=3e-3,
+        adam_epsilon=1e-4,  # keys' biases have gradients of rounding errors alone
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+        per_device_train_batch_size=4 // count,
+        gradient_accumulation_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        logging_steps=1,
+        disable_tqdm=True,
+        use_cpu=True,
+        metric_for_best_model="doubt",
+        greater_is_better=True,  # so that the best checkpoint is not the last
+    )
+    log, callbacks = [], []
+    if count > 1:
+        callbacks.append(SeesShards(sum(p.numel() for p in student.parameters())))
+    if stopped_at:
+        callbacks.append(At(stopped_at, stop))
+    callbacks.append(Keeps(log))
+    rows = examples(family, 32)
+    try:
+        result = distill(
+            student, teacher, rows, rows[:8], args=args, data_collator=collate, resume=resume,
+            compute_metrics=held_out, callbacks=callbacks,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        return None
+    if count > 1:
+        assert callbacks[0].steps
+    return student, log, result
+
+
+def held_out(prediction):
+    """The mean loss of the right class or token."""
+    shares = torch.as_tensor(prediction.predictions).log_softmax(-1)
+    labels = torch.as_tensor(prediction.label_ids).unsqueeze(-1)
+    return {"doubt": -float(shares.gather(-1, labels).mean())}
+
+
+class Keeps(TrainerCallback):
+    def __init__(self, log):
+        self.log = log
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.log += state.log_history
+
+
+def stop(model):
+    raise KeyboardInterrupt
+
+
+def two_process_main(folder):
+    """What each of the two processes of the test below runs."""
+    for family in FAMILIES:
+        student, log, result = run(family, folder / family / "sharded")
+        run(family, folder / family / "begun-sharded", stopped_at=5)
+        run(family, folder / family / "begun-alone", resume=True)
+        if os.environ["RANK"] == "0":
+            student.save_pretrained(folder / family / "saved")
+            found = {"log": log, "kept": result.metrics["kept_step"], "loss": result.training_loss}
+            (folder / family / "found.json").write_text(json.dumps(found))
+
+
+def last_state(folder):
+    """Weights and the optimizer's moments in the last checkpoint."""
+    found = load_file(folder / "checkpoint-6/model.safetensors")
+    moments = torch.load(folder / "checkpoint-6/optimizer.pt", weights_only=True)["state"]
+    return found | {f"{n} of {i}": t for i, values in moments.items() for n, t in values.items()}
+
+
+def close(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], msg=name, rtol=1e-3, atol=1e-5)
+
+
+def curve(log, key):
+    return [entry[key] for entry in log if key in entry]
+
+
+@pytest.mark.slow
+def test_sharded_training_is_that_of_one_process(tmp_path):
+    alone = {}
+    for family in FAMILIES:
+        alone[family] = run(family, tmp_path / family / "alone")
+        run(family, tmp_path / family / "begun-alone", stopped_at=5)
+    torchrun(__file__, tmp_path, **FSDP)
+    kept = []
+    for family in FAMILIES:
+        folder = tmp_path / family
+        student, log, result = alone[family]
+        found = json.loads((folder / "found.json").read_text())
+        for key in ("loss", "loss_task", "loss_logits", "loss_hidden", "grad_norm", "eval_doubt"):
+            assert curve(found["log"], key) == pytest.approx(curve(log, key), rel=1e-4) and log, key
+        assert found["loss"] == pytest.approx(result.training_loss, rel=1e-4)
+        assert found["kept"] == result.metrics["kept_step"]
+        close(hfprune.from_pretrained(folder / "saved").state_dict(), student.state_dict())
+        run(family, folder / "begun-sharded", resume=True)
+        expected = last_state(folder / "alone")
+        for way in ("sharded", "begun-alone", "begun-sharded"):
+            close(last_state(folder / way), expected)
+        files = [{f.name for f in (folder / w / "checkpoint-6").iterdir()} for w in ("alone", way)]
+        assert files[0] == files[1], "a checkpoint does not show that it was sharded"
+        kept.append(found["kept"])
+    assert kept == [2, 0]  # a checkpoint, and the start
+
+
+if __name__ == "__main__":
+    two_process_main(Path(sys.argv[1]))
+    leave()
