@@ -7,8 +7,9 @@ The competitors are Kwon et al. 2022 (their repository), TextPruner 1.1 and Torc
 They need transformers 4, and run in a throwaway environment that is made in runs/benchmark-compare/
 by the first call. How each is set up is said in its module of benchmarks/competitors/. The dense
 classifiers and the figures of hfprune are those of benchmarks/quality.py. All that is measured
-stays in runs/: a second call goes on where the first one stopped. It prints a table of accuracies
-and one of what is left (compare.md) and draws the accuracies (compare.png).
+stays in runs/: a second call goes on where the first one stopped; remove a folder to measure anew.
+It prints a table of accuracies and one of what is left (compare.md), and draws the accuracies
+(compare.png).
 
 optipfair 0.4.2 prunes gated FFNs only, which BERT has not, and is no part of this.
 """
@@ -205,9 +206,13 @@ class Comparison:
         command = [environment(), "-m", f"competitors.{competitor}", str(file)]
         subprocess.run(command, cwd=Path(__file__).parent, check=True)
 
+    @cached_property
+    def _labels(self) -> list[int]:
+        return [row["label"] for row in rows_of(self.seed.test)]
+
     def _accuracy(self, logits: list[list[float]]) -> float:
-        pairs = zip(logits, rows_of(self.seed.test), strict=True)
-        return 100 * statistics.mean(x.index(max(x)) == row["label"] for x, row in pairs)
+        pairs = zip(logits, self._labels, strict=True)
+        return 100 * statistics.mean(row.index(max(row)) == label for row, label in pairs)
 
     def _left(self, criterion: str, budget: float) -> dict[str, float]:
         """Shares of MACs and parameters that hfprune's plan keeps."""
@@ -237,7 +242,8 @@ def cloned(source: str) -> str:
     if not folder.is_dir():
         temporary = RUNS / "kwon.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        subprocess.run(["git", "clone", "--quiet", source, str(temporary)], check=True)
+        if subprocess.run(["git", "clone", "--quiet", source, str(temporary)]).returncode:
+            raise SystemExit(f"error: git cannot clone {source}; --kwon takes a folder or address.")
         subprocess.run(["git", "-C", str(temporary), "checkout", "--quiet", COMMIT], check=True)
         temporary.rename(folder)
     return str(folder)
