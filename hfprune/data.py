@@ -24,24 +24,33 @@ _SAVED = "state.json"  # what `Dataset.save_to_disk` leaves in its folder
 
 
 def load_splits(data: Data) -> dict[str, Dataset]:
-    """The three splits as they are on disk or on the Hub.
+    """The three splits as they are on disk or on the Hub; see `load_named`."""
+    return load_named(data, {split: getattr(data, split) for split in SPLITS})
+
+
+def load_named(data: Data, names: Mapping[str, str], where: str = "data") -> dict[str, Dataset]:
+    """Splits of the dataset, or files, by names of one's own.
+
+    Args:
+        data: says of which dataset, if any.
+        names: {name: split or file}.
+        where: part of the recipe that names them, for errors.
 
     Raises:
-        DataError: a split is empty, or is no file of the kind that its name says.
+        DataError: one is empty, or is no file of the kind that its name says.
     """
     from datasets import load_dataset
 
-    names = {split: getattr(data, split) for split in SPLITS}
     if data.dataset:
         loaded = {
             split: load_dataset(data.dataset, data.config, split=name, revision=data.revision)
             for split, name in names.items()
         }
     else:
-        loaded = {split: _from_disk(f"data.{split}", name) for split, name in names.items()}
+        loaded = {split: _from_disk(f"{where}.{split}", name) for split, name in names.items()}
     for split, dataset in loaded.items():
         if not len(dataset):
-            raise DataError(f"data.{split} ({names[split]}) has no examples.")
+            raise DataError(f"{where}.{split} ({names[split]}) has no examples.")
     return loaded
 
 

@@ -174,6 +174,8 @@ class Measure:
         threads: CPU threads; 0 leaves torch's default.
         curve: budgets at which plans by the recipe's criterion, by magnitude and at random are
             judged on the test split, before any recovery, for the report's curve.
+        also: {name: file} of other test data, read as `data.test` is; with `data.dataset`, {name:
+            split}. Every model is judged on them besides: what was not calibrated on suffers most.
         carbon_intensity: grams of CO2 equivalent per kWh of the electricity here, from which the
             card tells the run's emissions where its energy can be read; null to tell none.
     """
@@ -183,6 +185,7 @@ class Measure:
     repeats: int = 30
     threads: int = 0
     curve: tuple[str, ...] = ()
+    also: dict[str, str] = field(default_factory=dict)
     carbon_intensity: float | None = None
 
 
@@ -281,11 +284,12 @@ class Recipe:
         if self.measure.lengths and task.reads != "text":
             raise RecipeError(f"measure.lengths are of texts, and {self.task} reads {task.reads}.")
         if not self.data.dataset:
-            for split in SPLITS:
-                file = Path(getattr(self.data, split))
-                if not file.exists():
+            named = {f"data.{split}": getattr(self.data, split) for split in SPLITS}
+            named |= {f"measure.also.{name}": file for name, file in self.measure.also.items()}
+            for name, file in named.items():
+                if not Path(file).exists():
                     raise RecipeError(
-                        f"data.{split}: there is no file {file}. Give a JSON-lines, CSV or Parquet"
+                        f"{name}: there is no file {file}. Give a JSON-lines, CSV or Parquet"
                         " file, a folder, or a `dataset` with split names."
                     )
         parent = next(
@@ -342,6 +346,10 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         if items is None:
             raise RecipeError(f"{where} must be a list of {arguments[0].__name__}, not {value!r}.")
         return tuple(_build(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(items))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"{where} must be a mapping of names, not {value!r}.")
+        return {str(k): _build(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, where)
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):

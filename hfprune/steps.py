@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from hfprune.data import Batches, Collate, class_names, commit_of, load_splits
+from hfprune.data import Batches, Collate, class_names, commit_of, load_named, load_splits
 from hfprune.errors import RecipeError
-from hfprune.evaluation.evaluate import Quality, model_inputs, paired_difference
+from hfprune.evaluation.evaluate import Difference, Quality, model_inputs, paired_difference
 from hfprune.evaluation.hardware import machine
 from hfprune.evaluation.measure import check_length, measure_side_by_side
 from hfprune.importance.criteria import criterion_named
@@ -28,7 +28,7 @@ from hfprune.pruning import preview, remove
 from hfprune.publishing.figures import draw_kept, kept_as_text
 from hfprune.publishing.page import write_page
 from hfprune.publishing.reload import WAYS, reload_and_compare
-from hfprune.publishing.report import CurvePoint, Report, Variant, weights_of
+from hfprune.publishing.report import CurvePoint, Judged, Report, Variant, weights_of
 from hfprune.publishing.units import Pruning
 from hfprune.recipe import Recipe
 from hfprune.recovery.compensation import compensate
@@ -214,6 +214,14 @@ class Steps:
         """The batches that models are judged on."""
         return Batches(self.splits["test"], self.collate, self.recipe.score.batch_size)
 
+    @cached_property
+    def also(self) -> dict[str, Batches]:
+        """The batches of other kinds that models are judged on besides, by their names."""
+        data, size = self.recipe.data, self.recipe.score.batch_size
+        loaded = load_named(data, self.recipe.measure.also, "measure.also")
+        made = self.task.examples(loaded, self.processor, data) if loaded else {}
+        return {name: Batches(rows, self.collate, size) for name, rows in made.items()}
+
     @property
     def training(self) -> Training:
         """How models are trained here."""
@@ -270,6 +278,7 @@ class Steps:
 
     def _check_data(self) -> None:
         """Read the data before any model: what is wrong with it shows at once, not at the end."""
+        _ = self.also
         largest, examples = max(self.recipe.measure.batch_sizes), len(self.splits["test"])
         if largest > examples:
             raise RecipeError(
@@ -400,6 +409,7 @@ class Steps:
         start = time.perf_counter()
         models = {name: self.model(name) for name in self.variants}
         quality = {name: self._judge(model) for name, model in models.items()}
+        also = {name: self._judge_also(model) for name, model in models.items()}
         sizes = self.recipe.measure.batch_sizes
         sample = self.splits["test"].shuffle(seed=self.recipe.seed)
         timed = {size: Batches(sample, self.collate, size, size)[0] for size in sizes}
@@ -420,17 +430,15 @@ class Steps:
                 Variant(
                     name=name,
                     quality=quality[name],
-                    difference=(
-                        None
-                        if name == "dense"
-                        else paired_difference(
-                            quality["dense"], quality[name], seed=self.recipe.seed
-                        )
-                    ),
+                    difference=self._difference(name, quality["dense"], quality[name]),
                     params=sum(p.numel() for p in models[name].parameters()),
                     macs=counted_macs(models[name], one),
                     measured=measured[name],
                     weights=weights_of(self.folder / name),
+                    also={
+                        kind: Judged(found, self._difference(name, also["dense"][kind], found))
+                        for kind, found in also[name].items()
+                    },
                 )
                 for name in self.variants
             ),
@@ -459,6 +467,17 @@ class Steps:
     def _judge(self, model: PreTrainedModel) -> Quality:
         """The quality of a model on the test split."""
         return self.task.judge(model, self.test, self.recipe.seed)
+
+    def _judge_also(self, model: PreTrainedModel) -> dict[str, Quality]:
+        """The quality of a model on data of other kinds."""
+        return {
+            kind: self.task.judge(model, batches, self.recipe.seed)
+            for kind, batches in self.also.items()
+        }
+
+    def _difference(self, name: str, dense: Quality, found: Quality) -> Difference | None:
+        """Of a variant to the dense model on the same examples; None for the dense model."""
+        return None if name == "dense" else paired_difference(dense, found, seed=self.recipe.seed)
 
     def _curve(
         self, quality: Mapping[str, Quality], dense: PreTrainedModel, scores: Scores

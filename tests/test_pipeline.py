@@ -468,6 +468,22 @@ def test_the_energy_of_every_step_is_kept_where_it_can_be_read(tmp_path, monkeyp
     assert steps.Steps(recipe, str, Processes()).energy == {}
 
 
+def test_data_of_another_kind_are_judged_besides(copied):
+    recipe = changed(copied, "measure", also={"others": copied.data.dev}, lengths=())
+    said = []
+    report = hfprune.run(recipe, say=said.append)
+    assert done_before(said) == list(STEPS)[:-2]
+    others = dataclasses.replace(recipe.data, test=recipe.data.dev)
+    batches = evaluation_batches(dataclasses.replace(recipe, data=others))
+    for variant in report.variants:
+        model = hfprune.from_pretrained(at(recipe, variant.name))
+        found = variant.also["others"]
+        assert found.quality == evaluate_classification(model, batches)
+        assert found.quality.examples == 8 and variant.quality.examples == 12
+        assert (found.difference is None) == (variant.name == "dense")
+    assert "Quality on others" in at(recipe, "report.md").read_text()
+
+
 def test_a_uniform_run_needs_no_hfprune_to_load(tmp_path):
     prune = {"budget": "params=70%", "uniform": True, "protect": []}
     recipe = generation(tmp_path, prune=prune, distill=None)

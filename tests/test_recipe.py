@@ -220,8 +220,23 @@ def test_missing_files_are_named(split, values, tmp_path):
         load(values, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("also", "message"),
+    [
+        ({"news": "no.jsonl"}, r"measure\.also\.news: there is no file no\.jsonl"),
+        ({"news": 3}, r"measure\.also\.news must be of type str, not 3"),
+        (["news.jsonl"], r"measure\.also must be a mapping of names, not"),
+    ],
+)
+def test_other_test_data_are_named_files(also, message, values, tmp_path):
+    values["measure"] = {"also": also}
+    with pytest.raises(RecipeError, match=message):
+        load(values, tmp_path)
+
+
 def test_a_hub_dataset_needs_no_files(values, tmp_path):
     values["data"] = {"dataset": "someone/something", "train": "a", "dev": "b", "test": "c"}
+    values["measure"] = {"also": {"others": "another split"}}
     assert load(values, tmp_path).data.dataset == "someone/something"
 
 

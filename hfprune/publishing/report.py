@@ -23,6 +23,30 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """A model on some data: its quality, and its difference to the dense model on the same
+    examples; None for the dense model.
+    """
+
+    quality: Quality
+    difference: Difference | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        difference = None if self.difference is None else asdict(self.difference)
+        return {"quality": self.quality.to_dict(), "difference": difference}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Judged:
+        """The inverse of `to_dict`."""
+        difference = values["difference"]
+        return Judged(
+            Quality.from_dict(values["quality"]),
+            None if difference is None else Difference.from_dict(difference),
+        )
+
+
+@dataclass(frozen=True)
 class Variant:
     """One model of a run.
 
@@ -35,6 +59,7 @@ class Variant:
         measured: latency, memory, file size and energy.
         weights: {file: sha256} of the weights, as `weights_of` reads them: a report that lies
             beside other weights is not of that model. {} where they were not saved.
+        also: on data of other kinds, by their names in the recipe.
     """
 
     name: str
@@ -44,6 +69,7 @@ class Variant:
     macs: int
     measured: Measurement
     weights: Mapping[str, str] = field(default_factory=dict)
+    also: Mapping[str, Judged] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,6 +136,7 @@ class Report:
                     "difference": None if v.difference is None else asdict(v.difference),
                     "measured": v.measured.to_dict(),
                     "weights": dict(v.weights),
+                    "also": {name: judged.to_dict() for name, judged in v.also.items()},
                 }
                 for v in self.variants
             ],
@@ -135,6 +162,7 @@ class Report:
                 macs=v["macs"],
                 measured=Measurement.from_dict(v["measured"]),
                 weights=v.get("weights", {}),
+                also={name: Judged.from_dict(j) for name, j in v.get("also", {}).items()},
             )
             for v in values["variants"]
         )
@@ -186,6 +214,7 @@ class Report:
             "model",
             f"{self.dense.quality.metric} [95 %]",
             "vs dense [95 %]",
+            *(title for name in self.dense.also for title in (f"on {name} [95 %]", "vs dense")),
             "parameters",
             f"MACs ({self.tokens} tokens)",
             "file",
@@ -200,6 +229,11 @@ class Report:
                     v.name,
                     _quality(v.quality),
                     _difference(v.difference),
+                    *(
+                        cell
+                        for judged in v.also.values()
+                        for cell in (_quality(judged.quality), _difference(judged.difference))
+                    ),
                     f"{v.params / 1e6:.2f} M",
                     f"{v.macs / 1e6:,.0f} M",
                     _bytes(v.measured.file_bytes),
@@ -263,7 +297,20 @@ class Report:
                 f"{1 - result.params / dense.params:.0%} of the parameters of the whole model."
                 + self._units(),
             ),
-            Fact("Quality", _points(result.difference), self._verdict(result.difference)),
+            Fact(
+                "Quality",
+                _points(result.difference),
+                _verdict(dense.quality, result.quality, result.difference),
+            ),
+            *(
+                Fact(
+                    f"Quality on {name}",
+                    _points(judged.difference),
+                    _verdict(dense.also[name].quality, judged.quality, judged.difference),
+                )
+                for name, judged in result.also.items()
+                if judged.difference is not None
+            ),
             *self._speed(),
             Fact("Size", *_smaller(dense.measured, result.measured)),
         ]
@@ -305,17 +352,6 @@ class Report:
         counts = [(kind, *self.pruning.count(kind)) for kind in self.pruning.kinds]
         stay = " and ".join(f"{kept:,} of {total:,} {kind}s" for kind, kept, total in counts)
         return f" {stay} stay, chosen by {self.pruning.criterion} under {self.pruning.budget}."
-
-    def _verdict(self, difference: Difference) -> str:
-        metric = difference.metric
-        values = f"{_quality(self.result.quality)}, dense {_quality(self.dense.quality)}."
-        if difference.low <= 0 <= difference.high:
-            found = f"No difference in {metric} can be shown on {difference.examples:,} examples"
-        else:
-            rises = difference.value > 0
-            better = rises != (metric == "perplexity")
-            found = f"The {metric} is {'better' if better else 'worse'} than the dense model's"
-        return f"{found}: {values}"
 
     def _speed(self) -> list[Fact]:
         before, after = (v.measured.latency for v in (self.dense, self.result))
@@ -362,6 +398,17 @@ def weights_of(folder: str | os.PathLike[str]) -> dict[str, str]:
 def milliseconds(seconds: float) -> str:
     """Seconds as "12.3 ms"."""
     return f"{seconds * 1e3:,.1f} ms"
+
+
+def _verdict(dense: Quality, result: Quality, difference: Difference) -> str:
+    metric = difference.metric
+    if difference.low <= 0 <= difference.high:
+        found = f"No difference in {metric} can be shown on {difference.examples:,} examples"
+    else:
+        rises = difference.value > 0
+        better = rises != (metric == "perplexity")
+        found = f"The {metric} is {'better' if better else 'worse'} than the dense model's"
+    return f"{found}: {_quality(result)}, dense {_quality(dense)}."
 
 
 def _quality(quality: Quality) -> str:

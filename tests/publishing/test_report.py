@@ -7,7 +7,7 @@ import json
 import pytest
 from reports import NAMES, make, variant
 
-from hfprune.publishing.report import Report
+from hfprune.publishing.report import Judged, Report
 
 
 def test_it_comes_back_from_json():
@@ -57,6 +57,23 @@ def test_the_markdown_says_how_and_how_sure():
     assert "CPU a fine one, threads 2" in report.caption()
     for piece in (report.caption(), *report.caveats(), *(f.note for f in report.facts())):
         assert piece in text
+
+
+def test_data_of_another_kind_have_columns_and_a_headline():
+    others = (variant(name, 1 - 0.2 * n, low=-9.0, high=-8.0) for n, name in enumerate(NAMES))
+    judged = [{"news": Judged(v.quality, v.difference)} for v in others]
+    plain = make()
+    both = zip(plain.variants, judged, strict=True)
+    report = make(variants=tuple(dataclasses.replace(v, also=also) for v, also in both))
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    header, *rows = table_of(report.markdown())
+    column = header.index("on news [95 %]")
+    assert [row[column] for row in rows][::3] == ["90.0% [88.0%, 92.0%]", "36.0% [34.0%, 38.0%]"]
+    assert [row[column + 1] for row in rows][::3] == ["", "-54.0 [-900.0, -800.0]"]
+    (fact,) = (fact for fact in report.facts() if fact.title == "Quality on news")
+    assert fact.value == "-54.0 points of accuracy" and "36.0%" in fact.note
+    assert "worse than the dense model's" in fact.note
+    assert not any("news" in title for title in plain.cells()[0])
 
 
 def test_perplexity_is_no_percentage():
