@@ -29,7 +29,13 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("intermediate_size", "hidden_dim", "n_inner", "d_ff", "ffn_dim"), WIDTH),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size"), WIDTH),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), WIDTH),
-    **dict.fromkeys(("num_local_experts", "num_experts"), EXPERTS),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), EXPERTS),
+    **dict.fromkeys(("n_shared_experts", "moe_num_shared_experts"), 1),
+    "moe_num_experts": EXPERTS,
+    "moe_k": 2,
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), HEAD_DIM),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 2 * HEAD_DIM),
+    **dict.fromkeys(("n_group", "topk_group"), 1),
     "num_experts_per_tok": 2,
     "vocab_size": VOCABULARY,
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_target_positions"), 64),
@@ -77,6 +83,7 @@ _AUDIO: dict[str, Any] = {
     "num_conv_pos_embedding_groups": 2,
     "mask_time_prob": 0.0,
 }
+_LATENT = {"num_key_value_heads": HEADS, "first_k_dense_replace": 1}
 _STARTED = {"decoder_start_token_id": 1}
 _EXTRAS: dict[str, dict[str, Any]] = {
     "clip": _TOWERS,
@@ -87,6 +94,9 @@ _EXTRAS: dict[str, dict[str, Any]] = {
         "position_buckets": 4,
         "share_att_key": False,
     },
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "glm4_moe_lite": _LATENT,
     "gemma3": _READ | {"mm_tokens_per_image": 4},
     "gpt_neo": {"attention_types": [[["global"], LAYERS]]},
     "gptj": {"rotary_dim": 4},
@@ -170,6 +180,9 @@ def model(
         for parameter in (p for p in made.parameters() if p.requires_grad):
             noise = torch.randn_like(parameter) * 0.2
             parameter.copy_(noise + (parameter.dim() == 1) * 0.5)
+        for name, tensor in made.named_buffers():
+            if "correction" in name:
+                tensor.copy_(torch.randn_like(tensor) * 0.2)
     return made.to(dtype).eval()
 
 

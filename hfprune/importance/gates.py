@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from hfprune.structure.anatomy import Anatomy, Block, Group, moe_of
+from hfprune.structure.anatomy import Anatomy, Block, Group, moe_of, routing_of
 from hfprune.structure.architectures import row_of
 from hfprune.structure.cost import Selection
 
@@ -97,16 +97,23 @@ def masked(model: PreTrainedModel, selection: Selection) -> Iterator[None]:
                 stack.callback(hook.remove)  # before those that collect hidden states
         for block in anatomy.experts:
             if block.name in selection:
-                _route_to(stack, moe_of(model, block)[0], sorted(selection[block.name]))
+                _route_to(stack, model, block, sorted(selection[block.name]))
         yield
 
 
-def _route_to(stack: ExitStack, router: nn.Module, experts: list[int]) -> None:
+def _route_to(stack: ExitStack, model: PreTrainedModel, block: Block, experts: list[int]) -> None:
     """Let a router choose among some of the experts until the stack closes."""
+    router = moe_of(model, block)[0]
     kept = torch.tensor(experts, device=router.weight.device)  # type: ignore[arg-type]
-    for name, parameter in list(router.named_parameters(recurse=False)):
-        stack.callback(setattr, router, name, parameter)
-        setattr(router, name, nn.Parameter(parameter[kept], requires_grad=False))
+    for module, name, axis in routing_of(model, block):
+        whole = getattr(module, name)
+        part = whole.detach().index_select(axis, kept)
+        stack.callback(setattr, module, name, whole)
+        trained = isinstance(whole, nn.Parameter)
+        setattr(module, name, nn.Parameter(part, requires_grad=False) if trained else part)
+    if "num_experts" in vars(router):
+        stack.callback(setattr, router, "num_experts", router.num_experts)
+        router.num_experts = len(experts)  # type: ignore[assignment]
 
     def number(module: nn.Module, args: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
         return (*output[:-1], kept[output[-1]])  # as the experts are numbered

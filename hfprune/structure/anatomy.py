@@ -201,7 +201,7 @@ class Anatomy:
                 blocks += experts
                 params.append(inside - owned)
                 weights.append(_other_weights(layer, here))
-                mixing.append(sum(inputs_of(layer.get_submodule(a.o)) for a in here.whole))
+                mixing.append(sum(_mixed(layer, a) for a in here.whole))
                 windows.append(max((_window(layer, a) for a in here.whole), default=0))
                 outside -= inside
             blocks.append(
@@ -455,7 +455,7 @@ def owned_slices(model: PreTrainedModel, group: Group) -> list[Slice]:
     stack = stack_of(model, group)
     layer = layer_of(model, group)
     if group.kind == "neuron":
-        return _neuron_slices(layer, _ffn(stack))
+        return _neuron_slices(layer, ffn_of(layer, stack))
     return _head_slices(layer, stack.attentions[group.part])
 
 
@@ -470,6 +470,19 @@ def moe_of(model: PreTrainedModel, block: Block) -> tuple[nn.Module, nn.Module]:
     assert stack.moe is not None, "only a stack with experts has such a block"
     layer = model.base_model.get_submodule(f"{stack.layers}.{block.layer}")
     return layer.get_submodule(stack.moe.router), layer.get_submodule(stack.moe.experts)
+
+
+def routing_of(model: PreTrainedModel, block: Block) -> list[tuple[nn.Module, str, int]]:
+    """The tensors that choose a layer's experts: (module, name, axis of the experts)."""
+    stack = row_of(model.config.model_type).stacks[block.stack]
+    assert stack.moe is not None, "only a stack with experts has such a block"
+    router = moe_of(model, block)[0]
+    found = [(router, name, 0) for name, _ in router.named_parameters(recurse=False)]
+    if stack.moe.correction:
+        path, _, name = stack.moe.correction.rpartition(".")
+        layer = model.base_model.get_submodule(f"{stack.layers}.{block.layer}")
+        found.append((layer.get_submodule(path), name, -1))
+    return found
 
 
 def _head_slices(layer: nn.Module, row: Attention) -> list[Slice]:
@@ -541,9 +554,16 @@ def present(layer: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
     return [known[path] for path in paths if path and path in known]
 
 
-def _ffn(stack: Stack) -> Ffn:
-    assert stack.ffn is not None, "only a stack with an FFN has groups of neurons"
-    return stack.ffn
+def ffn_of(layer: nn.Module, stack: Stack) -> Ffn:
+    """The FFN of a layer that has one: its own, or the one beside its experts."""
+    found = _ffn(layer, stack)
+    assert found is not None, "only a layer with an FFN has a group of neurons"
+    return found
+
+
+def _ffn(layer: nn.Module, stack: Stack) -> Ffn | None:
+    ffns = (stack.ffn, stack.moe.shared if stack.moe else None)
+    return next((ffn for ffn in ffns if ffn and present(layer, (ffn.down,))), None)
 
 
 def _blocks(count: int, size: int, offset: int = 0) -> torch.Tensor:
@@ -554,7 +574,7 @@ def _blocks(count: int, size: int, offset: int = 0) -> torch.Tensor:
 def _groups(layer: nn.Module, stack: Stack, number: int, index: int) -> list[Group]:
     """The groups of one layer, in forward order."""
     parts: list[int | None] = [*range(len(stack.attentions))]
-    if stack.ffn and present(layer, (stack.ffn.down,)):  # a layer of experts may have none
+    if _ffn(layer, stack):  # a layer of experts may have none
         parts.append(None)
     return [_group(layer, stack, number, index, part) for part in parts]
 
@@ -569,6 +589,7 @@ def _experts(layer: nn.Module, stack: Stack, number: int, index: int) -> list[Bl
     count = _size(router, 0)
     each = sum(p.numel() for m in (router, experts) for p in m.parameters()) // count
     name = f"{stack.layers}.{index}.{stack.moe.experts}"
+    in_groups = (getattr(router, "num_group", None) or 1) > 1  # of equal size
     chosen = int(router.top_k)  # type: ignore[arg-type]
     matrices = sum(p.numel() for p in experts.parameters() if p.dim() == 3) // count
     return [
@@ -581,6 +602,7 @@ def _experts(layer: nn.Module, stack: Stack, number: int, index: int) -> list[Bl
             (_size(router, 1),) * count,
             routed_weights=chosen * matrices,
             least=chosen,
+            pinned=tuple(range(count)) if in_groups else (),
         )
     ]
 
@@ -601,6 +623,16 @@ def _without_units(stack: Stack) -> Stack:
     return replace(stack, attentions=(), ffn=None, whole=(*stack.attentions, *stack.whole))
 
 
+def _mixed(layer: nn.Module, row: Attention) -> int:
+    """Columns in which an attention compares tokens and mixes their values, the mean of both."""
+    values = inputs_of(layer.get_submodule(row.o))
+    if not row.compared:
+        return values
+    at = layer.get_submodule(row.at)
+    heads = values // int(getattr(at, row.dim))
+    return (values + heads * int(getattr(at, row.compared))) // 2
+
+
 def _window(layer: nn.Module, row: Attention) -> int:
     return int(getattr(layer.get_submodule(row.at), row.window)) if row.window else 0
 
@@ -610,8 +642,8 @@ def _other_weights(layer: nn.Module, stack: Stack) -> int:
     those for the few tokens that see all.
     """
     found = [piece for row in stack.attentions for piece in _head_slices(layer, row)]
-    if stack.ffn and present(layer, (stack.ffn.down,)):
-        found += _neuron_slices(layer, stack.ffn)
+    if ffn := _ffn(layer, stack):
+        found += _neuron_slices(layer, ffn)
     units = {piece.module for piece in found}
     units |= {m for row in stack.whole if row.window for m in present(layer, row.follow)}
     router = stack.moe.router if stack.moe else None
@@ -626,7 +658,7 @@ def _group(layer: nn.Module, stack: Stack, stack_index: int, index: int, part: i
     """The group of attention number `part`, or of the FFN if None."""
     prefix = f"{stack.layers}.{index}"
     if part is None:
-        ffn = _ffn(stack)
+        ffn = ffn_of(layer, stack)
         found, at, outlet_path = _neuron_slices(layer, ffn), ffn.down, ffn.down
         columns, inside = 1, []
     else:

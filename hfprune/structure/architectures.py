@@ -22,7 +22,7 @@ class Attention:
     Attributes:
         at: module that runs the attention and holds the counts.
         q, k, v: query, key and value projections; with a fused layout `q` is the fused matrix and
-            `k`, `v` are "".
+            `k`, `v` are ""; where keys and values are cached as one, `k` is it and `v` is "".
         o: the outlet, the projection that mixes the heads back into the residual stream.
         layout: how the output rows lie: "split" in three matrices, "concat" q|k|v blocks of one
             matrix, "per_head" q,k,v of head 0, then of head 1, "per_group" the query heads, k and v
@@ -35,6 +35,7 @@ class Attention:
         positions: attribute of `at` with half the number of relative positions that tokens are
             compared with; the projections in `follow` are then of positions.
         terms: attribute of `at` that lists these comparisons.
+        compared: attribute of `at` with the size of a query, where it is not that of a value.
         window: attribute of `at` with the tokens on either side that a token is compared with; the
             projections in `follow` are then of the few tokens that see all.
         own: parameters of `at` itself with one value per query head, where they are present.
@@ -60,6 +61,7 @@ class Attention:
     follow: tuple[str, ...] = ()
     positions: str = ""
     terms: str = ""
+    compared: str = ""
     window: str = ""
     own: tuple[str, ...] = ()
     bias: str = ""
@@ -95,10 +97,15 @@ class Moe:
     Attributes:
         router: module whose weight has one row per expert, and `top_k`.
         experts: module whose every parameter has one slab per expert.
+        correction: tensor by which the choice of experts is corrected, one value per expert along
+            its last axis; "" for none.
+        shared: the FFN that every token passes beside them, in layers that have experts.
     """
 
     router: str
     experts: str
+    correction: str = ""
+    shared: Ffn | None = None
 
 
 @dataclass(frozen=True)
@@ -153,8 +160,8 @@ class Row:
             for attention in stack.attentions:
                 names |= {*attention.heads, *attention.kv_heads, *attention.sizes}
                 names |= {attention.groups} - {""}
-            if stack.ffn is not None and stack.ffn.width:
-                names.add(stack.ffn.width.split(":")[1])
+            ffns = (stack.ffn, stack.moe and stack.moe.shared)
+            names |= {ffn.width.split(":")[1] for ffn in ffns if ffn and ffn.width}
         return names
 
 
@@ -264,17 +271,32 @@ _GRANITE_MOE = Stack(
 _MOE = Stack("layers", (_LLAMA_ATTENTION,), _GATED, moe=_EXPERTS)
 _OLMOE = Stack("layers", (), None, moe=_EXPERTS, whole=(_LLAMA_ATTENTION,))
 _PHIMOE = Stack("layers", (_LLAMA_ATTENTION,), None, moe=Moe("mlp.router", "mlp.experts"))
-_QWEN2_MOE = Stack(
-    "layers",
-    (_LLAMA_ATTENTION,),
-    Ffn(
-        ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
-        "mlp.shared_expert.down_proj",
-        width="mlp.shared_expert:intermediate_size",
-        setting="shared_expert_intermediate_size",
-    ),
-    moe=_EXPERTS,
+
+
+def _shared(at: str, setting: str) -> Ffn:
+    ups = (f"{at}.gate_proj", f"{at}.up_proj")
+    return Ffn(ups, f"{at}.down_proj", width=f"{at}:intermediate_size", setting=setting)
+
+
+_QWEN2_MOE = replace(
+    _MOE,
+    moe=replace(_EXPERTS, shared=_shared("mlp.shared_expert", "shared_expert_intermediate_size")),
 )
+_CORRECTED = replace(_EXPERTS, shared=_shared("mlp.shared_experts", ""))
+_GLM4_MOE = replace(_MOE, moe=replace(_CORRECTED, correction="mlp.gate.e_score_correction_bias"))
+_ERNIE4_5_MOE = replace(
+    _MOE, moe=replace(_CORRECTED, correction="mlp.gate.moe_statics.e_score_correction_bias")
+)
+_LATENT = Attention(
+    at="self_attn",
+    q="self_attn.q_proj",
+    k="self_attn.kv_a_proj_with_mqa",
+    o="self_attn.o_proj",
+    dim="v_head_dim",
+    compared="qk_head_dim",
+)
+_DEEPSEEK_V2 = replace(_LLAMA, attentions=(), whole=(_LATENT,), moe=_CORRECTED)
+_DEEPSEEK_V3 = replace(_DEEPSEEK_V2, moe=_GLM4_MOE.moe)
 
 _GPT2 = Stack(
     "h",
@@ -439,6 +461,8 @@ _WAV2VEC2 = Stack(
     Ffn(("feed_forward.intermediate_dense",), "feed_forward.output_dense"),
 )
 
+_COMPRESSED = "heads share one compressed key and value, and are not units"
+_IN_GROUPS = "experts that are chosen by groups all stay"
 _SHARED_NORM = "query and key norms span all heads, so heads are not independent units"
 
 
@@ -478,6 +502,10 @@ ROWS: dict[str, Row] = {
     **_rows("gpt_oss", _GPT_OSS),
     **_rows("olmoe flex_olmo", _OLMOE, note=_SHARED_NORM),
     **_rows("qwen2_moe", _QWEN2_MOE),
+    **_rows("glm4_moe dots1", _GLM4_MOE, note=_IN_GROUPS),
+    **_rows("ernie4_5_moe", _ERNIE4_5_MOE),
+    **_rows("deepseek_v2", _DEEPSEEK_V2, note=f"{_COMPRESSED}; {_IN_GROUPS}"),
+    **_rows("deepseek_v3 glm4_moe_lite", _DEEPSEEK_V3, note=f"{_COMPRESSED}; {_IN_GROUPS}"),
     **_rows("gpt2", _GPT2, unless="add_cross_attention scale_attn_by_inverse_layer_idx"),
     **_rows("gptj", _GPTJ),
     **_rows("gpt_neox", _GPT_NEOX),
@@ -511,8 +539,6 @@ ROWS: dict[str, Row] = {
 
 REFUSED = {
     "albert": "one layer's weights serve all layers, so a cut in one would change the others",
-    "deepseek_v2": "its heads share a compressed key and value that is no unit of any head",
-    "deepseek_v3": "its heads share a compressed key and value that is no unit of any head",
     "esm": "its contact head reads the attention maps of all heads and layers",
     "mamba": "it has no attention, and its state space is not made of independent neurons",
     "mamba2": "it has no attention, and its state space is not made of independent neurons",

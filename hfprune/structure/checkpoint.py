@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from hfprune.errors import CheckpointError
-from hfprune.structure.anatomy import Anatomy, Group, stack_of
+from hfprune.structure.anatomy import Anatomy, Group, ffn_of, layer_of, stack_of
 from hfprune.structure.architectures import Stack, row_of
 from hfprune.structure.modeling_hfprune import (
     ATTRIBUTES,
@@ -28,6 +28,7 @@ from hfprune.structure.modeling_hfprune import (
     help_forward,
     pruned,
     sub_configs_of,
+    tensors_of,
 )
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def _per_layer(model: PreTrainedModel) -> dict[str, dict[str, dict[str, int]]]:
 
 
 HEAD_SETTINGS = ("num_attention_heads", "num_key_value_heads")
+EXPERT_SETTINGS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def _settings(model: PreTrainedModel) -> dict[str, dict[tuple[int, str], int]]:
@@ -121,8 +123,8 @@ def stock_settings(model: PreTrainedModel, group: Group) -> dict[str, int]:
     stack = stack_of(model, group)
     known = _config_of(model, _part(stack)).to_dict()
     values: dict[str, int] = {}
-    if group.kind == "neuron" and stack.ffn is not None:
-        values[stack.ffn.setting] = group.units
+    if group.kind == "neuron":
+        values[ffn_of(layer_of(model, group), stack).setting] = group.units
     elif "head_dim" in known:
         values = dict(zip(HEAD_SETTINGS, (group.units, group.kv_groups), strict=True))
     return {name: value for name, value in values.items() if name in known}
@@ -151,7 +153,7 @@ def as_stock(model: PreTrainedModel) -> PreTrainedModel:
     for block in Anatomy.of(model).experts:
         part = _part(row_of(model.config.model_type).stacks[block.stack])
         known = _config_of(model, part).to_dict()
-        name = "num_experts" if "num_experts" in known else "num_local_experts"
+        name = next(name for name in EXPERT_SETTINGS if name in known)
         settings_of.setdefault(part, {})[block.layer, name] = block.units
     before: list[tuple[PreTrainedConfig, dict[str, Any]]] = []
     for part, settings in settings_of.items():
@@ -248,6 +250,11 @@ def difference_to_stock(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
                 with torch.device("meta"):
                     help_forward(stock[path], **entry["patch"])
                 stock.update({f"{path}.{n}": m for n, m in stock[path].named_modules() if n})
+        if path not in stock:
+            raise CheckpointError(
+                f"{path}: a {model.config.model_type} config does not say so of this layer, as it"
+                " is numbered now. Keep the layers that are of more than one kind."
+            )
         shapes, attrs = _describe(module)
         stock_shapes, stock_attrs = _describe(stock[path])
         entry["shapes"] = {k: v for k, v in shapes.items() if stock_shapes.get(k) != v}
@@ -261,7 +268,7 @@ def difference_to_stock(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
 
 
 def _describe(module: nn.Module) -> tuple[dict[str, list[int]], dict[str, int]]:
-    shapes = {name: list(p.shape) for name, p in module.named_parameters(recurse=False)}
+    shapes = {name: list(tensor.shape) for name, tensor in tensors_of(module).items()}
     attrs = {name: value for name, value in vars(module).items() if name in ATTRIBUTES}
     attrs = {name: value for name, value in attrs.items() if type(value) is int}
     return shapes, attrs

@@ -65,9 +65,13 @@ class Memory:
         stacks = row_of(model.config.model_type).stacks
         whole = {
             block.name: tuple(
-                2 * batch_size * length * _key_width(model, block.name, layer, attention.k)
+                sum(
+                    batch_size * length * _width(model, block.name, layer, path)
+                    for attention in stacks[block.stack].whole
+                    for path in (attention.k, attention.v)
+                    if path
+                )
                 for layer, length in enumerate(lengths)
-                for attention in stacks[block.stack].whole
             )
             for block in anatomy.stacks
             if stacks[block.stack].whole and lengths
@@ -121,7 +125,7 @@ def _cached_lengths(model: PreTrainedModel, tokens: int) -> list[int]:
     return [min(tokens, window - 1) if window else tokens for window in windows]
 
 
-def _key_width(model: PreTrainedModel, stack: str, layer: int, path: str) -> int:
+def _width(model: PreTrainedModel, stack: str, layer: int, path: str) -> int:
     weight = model.base_model.get_submodule(f"{stack}.{layer}.{path}").weight
     assert isinstance(weight, torch.Tensor), "a projection has a weight"
     return weight.shape[0]

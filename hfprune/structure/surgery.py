@@ -17,9 +17,11 @@ from hfprune.structure.anatomy import (
     Slice,
     axis_of,
     check_whole,
+    ffn_of,
     layer_of,
     moe_of,
     owned_slices,
+    routing_of,
     stack_of,
 )
 from hfprune.structure.architectures import Attention, Stack, row_of
@@ -66,8 +68,8 @@ def cut(
             layer, stack = layer_of(model, group), stack_of(model, group)
             if group.kind == "head":
                 _count_heads(layer, stack.attentions[group.part], group, keep, len(kv))
-            elif stack.ffn and stack.ffn.width:
-                path, attribute = stack.ffn.width.split(":")
+            elif width := ffn_of(layer, stack).width:
+                path, attribute = width.split(":")
                 _set_present(layer.get_submodule(path), {attribute: len(keep)})
     stacks = row_of(model.config.model_type).stacks
     for block in anatomy.blocks:
@@ -144,8 +146,15 @@ def _cut_experts(model: PreTrainedModel, block: Block, keep: Sequence[int]) -> N
     """Keep some of the routed experts of one layer, and their rows in the router."""
     router, experts = moe_of(model, block)
     around = model.base_model.get_submodule(block.name.rpartition(".")[0])
-    for module in (router, experts):
-        _take(module, 0, torch.tensor(keep))
+    kept = torch.tensor(keep)
+    for module, name, axis in routing_of(model, block):
+        tensor = getattr(module, name)
+        cut_down = tensor.detach().index_select(axis, kept.to(tensor.device)).contiguous()
+        if isinstance(tensor, nn.Parameter):
+            cut_down = nn.Parameter(cut_down, requires_grad=tensor.requires_grad)
+        setattr(module, name, cut_down)
+    resize(router)
+    _take(experts, 0, kept)
     for module in (router, experts, around):
         _set_present(module, {"num_experts": len(keep)})
 
@@ -157,6 +166,10 @@ _PER_LAYER = (
 """Config lists with a value per layer."""
 _NUMBERED = ("mlp_only_layers", "fullatt_block_indexes")
 """Config lists of layers."""
+_FIRST = ("first_k_dense_replace", "moe_layer_start_index")
+"""Config numbers of a layer from which on layers are of another kind."""
+_LAST = ("moe_layer_end_index",)
+"""Config numbers of a layer after which they are."""
 
 
 def _drop_layers(model: PreTrainedModel, stack: Stack, block: Block, keep: Sequence[int]) -> None:
@@ -173,6 +186,11 @@ def _drop_layers(model: PreTrainedModel, stack: Stack, block: Block, keep: Seque
     for part in inside:
         config = getattr(config, part)
     before = {listed: getattr(config, listed, None) or () for listed in _NUMBERED}
+    for named in (*_FIRST, *_LAST):
+        if getattr(config, named, None) is not None:
+            until = getattr(config, named) + (named in _LAST)
+            stay = sum(layer < until for layer in keep)
+            setattr(config, named, stay - (named in _LAST))
     for depth in names.split():
         if hasattr(config, depth):
             setattr(config, depth, len(keep))

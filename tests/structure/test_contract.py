@@ -33,7 +33,7 @@ TELLING = {
     *("llama", "qwen3", "gemma3_text", "phi3", "olmo2", "gpt2", "gpt_neox", "bloom", "opt"),
     *("bart", "t5", "whisper", "wav2vec2", "mixtral", "qwen2_moe", "olmoe", "gpt_oss"),
     *("longformer", "falcon", "gpt_bigcode", "gpt_neo", "siglip2"),
-    *("llava", "qwen2_5_vl"),
+    *("llava", "qwen2_5_vl", "glm4_moe", "deepseek_v3"),
 }
 
 
@@ -91,10 +91,21 @@ def only(dense, keep):
                     stack.callback(hook.remove)
                 continue
             moe = ROWS[dense.config.model_type].stacks[block.stack].moe
-            router = base.get_submodule(block.name.removesuffix(moe.experts) + moe.router)
-            for name, parameter in list(router.named_parameters()):
+            layer = block.name.removesuffix(moe.experts)
+            router = base.get_submodule(layer + moe.router)
+            for name, parameter in list(router.named_parameters(recurse=False)):
                 stack.callback(setattr, router, name, parameter)
                 setattr(router, name, torch.nn.Parameter(parameter[units]))
+            if moe.correction:
+                path, _, name = moe.correction.rpartition(".")
+                at = base.get_submodule(layer + path)
+                tensor = getattr(at, name)
+                stack.callback(setattr, at, name, tensor)
+                kept = tensor[..., units]
+                trained = isinstance(tensor, torch.nn.Parameter)
+                setattr(at, name, torch.nn.Parameter(kept) if trained else kept)
+                stack.callback(setattr, router, "num_experts", router.num_experts)
+                router.num_experts = len(units)
             hook = router.register_forward_hook(
                 lambda module, args, output, units=units: (*output[:-1], units[output[-1]])
             )
@@ -304,7 +315,7 @@ for line in sys.stdin:
     )
     inputs, expected = torch.load(folder + "/../probe.pt")
     with torch.no_grad():
-        same = torch.equal(model.eval()(**inputs)[0], expected)
+        same = torch.allclose(model.eval()(**inputs)[0], expected, rtol=1e-5, atol=1e-6)
     model.save_pretrained(folder + "/../again")
     keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
     odd = {k: sorted(map(str, info[k])) for k in keys}
@@ -346,9 +357,9 @@ def test_it_comes_back_in_a_process_without_hfprune(family, stranger, tmp_path):
     with torch.no_grad():
         expected = tiny.outputs(pruned, inputs)
         torch.save((inputs, expected), tmp_path / "probe.pt")
-        assert tiny.outputs(from_pretrained(folder, attn_implementation="eager"), inputs).equal(
-            expected
-        )
+        again = tiny.outputs(from_pretrained(folder, attn_implementation="eager"), inputs)
+        # Where a tensor lies in memory may change the order of a sum.
+        torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-6)
     answer = load_as(stranger, folder, head)
     assert answer == {
         "same": True,
