@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from hfprune.errors import HfpruneError, unknown
 from hfprune.structure.anatomy import Anatomy, Block, Group
-from hfprune.structure.checkpoint import stock_settings
+from hfprune.structure.checkpoint import also_sized, stock_settings
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,19 @@ class Constraints:
                     f" {group.kind}s, as in {group.name}. Keep them all with"
                     f" min_{group.kind}s={group.units}, or plan without uniform."
                 )
+        if self.uniform:
+            self._check_outside(model, anatomy)
+
+    def _check_outside(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
+        """Refuse uniform widths where their setting also sizes what no plan cuts."""
+        neurons = [g for g in anatomy if g.kind == "neuron" and not self.protects(g)]
+        for group in {g.stack: g for g in neurons if self.min_neurons < g.units}.values():
+            if other := also_sized(model, group):
+                raise HfpruneError(
+                    f"uniform: in the config of a {anatomy.model_type}, the width of {group.name}"
+                    f" is also that of {other}, which stays. Keep all neurons of its stack with"
+                    f" protect or min_neurons={group.units}, or plan without uniform."
+                )
 
     def _check_experts(self, anatomy: Anatomy, count: int) -> None:
         if not anatomy.experts:
@@ -98,6 +111,11 @@ class Constraints:
                 " layers of the stack or none, or plan without uniform."
             )
         for block in anatomy.experts:
+            if block.pinned and count < block.units:
+                raise HfpruneError(
+                    f"The experts of {block.name} are chosen by groups of equal size: all"
+                    f" {block.units} must stay."
+                )
             if count < block.least:
                 raise HfpruneError(
                     f"experts must be {block.least} or more, not {count}: the router of"

@@ -130,6 +130,31 @@ def stock_settings(model: PreTrainedModel, group: Group) -> dict[str, int]:
     return {name: value for name, value in values.items() if name in known}
 
 
+def also_sized(model: PreTrainedModel, group: Group) -> str:
+    """Path of a module outside the layers that the config's setting for a group of neurons sizes
+    too, "" if there is none.
+
+    Found by building the stock model with another value, on the meta device.
+    """
+    stack, config = stack_of(model, group), copy.deepcopy(model.config)
+    sized = getattr(config, _part(stack)) if _part(stack) else config
+    for name, value in stock_settings(model, group).items():
+        setattr(sized, name, value + 8)
+    with torch.device("meta"):
+        other = getattr(type(model), "_stock", type(model))(config)
+    known = dict(model.base_model.named_modules())
+    return next(
+        (
+            path
+            for path, module in other.base_model.named_modules()
+            if not any(map(str.isdecimal, path.split(".")))
+            and path in known
+            and _describe(module) != _describe(known[path])
+        ),
+        "",
+    )
+
+
 def _part(stack: Stack) -> str:
     """Name of the sub-config that a stack is configured in, "" if it is the config itself."""
     return stack.depth.split(".")[0] if "." in stack.depth else ""

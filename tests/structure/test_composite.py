@@ -6,7 +6,7 @@ import torch
 import transformers
 
 import hfprune
-from hfprune.errors import UnsupportedModelError
+from hfprune.errors import HfpruneError, UnsupportedModelError
 from hfprune.importance.losses import labels_loss
 from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.cost import layers_params
@@ -77,6 +77,17 @@ def test_the_loss_of_images_and_text_is_the_sum_over_labelled_tokens(family):
         torch.testing.assert_close(labels_loss(model, batch), expected)
 
 
+@pytest.mark.parametrize("family", ["siglip", "siglip_vision_model"])
+def test_uniform_widths_that_also_size_the_pooling_head_are_refused_before_scoring(family):
+    model = tiny.model(family)
+    with pytest.raises(HfpruneError, match=r"is also that of .*head\.mlp.* without uniform"):
+        hfprune.Constraints(uniform=True, min_heads=tiny.HEADS).check(model)
+    tower = Anatomy.of(model).stacks[-1].name
+    hfprune.Constraints(uniform=True, min_heads=tiny.HEADS, protect=(tower,)).check(model)
+    clip = tiny.model("clip")  # whose tower has no such head
+    hfprune.Constraints(uniform=True, min_heads=tiny.HEADS).check(clip)
+
+
 def test_a_tower_of_another_family_is_refused():
     text = tiny.config("llava").text_config
     tower = transformers.ViTConfig(
@@ -88,3 +99,23 @@ def test_a_tower_of_another_family_is_refused():
     )
     with pytest.raises(UnsupportedModelError, match="not built as the row for 'llava'"):
         Anatomy.of(model)
+
+
+def test_experts_that_are_chosen_by_groups_all_stay():
+    config = tiny.config("glm4_moe")
+    config.n_group, config.topk_group = 2, 1
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    block = Anatomy.of(model).experts[0]
+    with pytest.raises(HfpruneError, match="must stay of its experts"):
+        copy_and_cut(model, {block.name: range(4)})
+    with pytest.raises(HfpruneError, match="chosen by groups of equal size: all 6 must stay"):
+        hfprune.Constraints(experts=4).check(model)
+    hfprune.Constraints(experts=6).check(model)
+
+
+def test_a_layer_that_the_config_cannot_describe_any_more_is_refused():
+    config = tiny.config("ernie4_5_moe")
+    config.moe_layer_interval = 2  # layer 1 has experts, as number 0 it would have none
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(HfpruneError, match="layers that are of more than one kind"):
+        copy_and_cut(model, {"layers": (1, 2)})
