@@ -217,7 +217,10 @@ def push(
 
 def _tell_published(done: Published) -> None:
     if done.commit is None:
-        typer.echo(f"What would be uploaded is in {done.url}: {len(done.files)} files.")
+        typer.echo(
+            f"What would be uploaded is in {done.url}: {len(done.files)} files. When it is pushed,"
+            " the card takes over what the base model's card and the one on the Hub say."
+        )
     else:
         typer.echo(f"Published and verified: {done.repo_id} ({done.revision}), {done.url}")
 

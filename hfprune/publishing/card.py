@@ -29,7 +29,8 @@ END = "<!-- /hfprune -->"
 # kind, which is the first of them; the tags say that it was pruned.
 RELATION = "finetune"
 TAGS = ("hfprune", "pruned", "structured-pruning")
-_ALWAYS_ANEW = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "model-index")
+_OF_BASE = ("base_model", "base_model_relation")
+_ALWAYS_ANEW = ("library_name", "pipeline_tag", "model-index")
 _OUR_COUNT = "hfprune"  # how the source of emissions begins that hfprune counted
 _TASKS = {
     "ForSequenceClassification": "text-classification",
@@ -139,7 +140,7 @@ def _metadata(
         values.setdefault("co2_eq_emissions", emitted)
     base = base_of(parcel)
     if base:
-        values |= {"base_model": base[0], "base_model_relation": RELATION}
+        values |= dict(zip(_OF_BASE, (base[0], RELATION), strict=True))
     results = _results(parcel)
     if results:
         values |= {"model_name": repo_id.split("/")[-1], "eval_results": results}
@@ -315,9 +316,8 @@ def _made(parcel: Parcel) -> list[str]:
         lines.append(f"It was distilled from the dense model: {_training(distill)}.")
     if parcel.report and parcel.report.energy:
         lines.append(f"All steps up to this model drew {_drawn(parcel.report)}.")
-    machine = parcel.report.machine if parcel.report else {}
-    versions = ", ".join(f"{name} {value}" for name, value in machine.items())
-    lines.append(f"Seed {recipe['seed']}. {versions}.".replace(" .", ""))
+    where = " Hardware and versions stand below the table." if parcel.report else ""
+    lines.append(f"Seed {recipe['seed']}.{where}")
     return [*lines, "`recipe.yaml` holds every setting; `hfprune run recipe.yaml` does it again."]
 
 

@@ -182,7 +182,10 @@ class Client:
         """
         base = base_of(parcel)
         if base is None:
-            return {}, ["The base model did not come from the Hub: the card does not name it."]
+            return {}, [
+                "The base model did not come from the Hub: the card names it only if you write"
+                " `base_model` into its metadata."
+            ]
         try:
             info = self.api.model_info(base[0], revision=base[1])
         except Exception as error:

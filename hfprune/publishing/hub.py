@@ -179,7 +179,10 @@ def prepare(
         inherited, warnings = client.inherit(parcel, there.private, terms.private)
         text = card(parcel, name, branch, inherited, there.card, terms.license, family)
         if "\nlicense:" not in text.partition("\n---\n")[0]:
-            warnings.append("No license is known: nobody may use the model. Give `license`.")
+            warnings.append(
+                "No license is known: nobody may use the model. Give `license` (--license), or"
+                " write it into the card."
+            )
         files = _with_card(parcel, text)
         gone = left_over(there.files, files)
         order = Order(parcel, source, name, branch, there, files, gone, warnings)
@@ -279,8 +282,8 @@ def _verify(
             said = str(error).replace(client.token, "<token>")
             raise PublishError(f"It was uploaded, but: {said}") from None
     for way, difference in found.items():
-        how = "not compared" if difference is None else f"differ by {difference:g} at most"
-        say(f"Loaded by {WAYS[way]}: outputs {how}")
+        how = f"outputs differ by {difference:g} at most" if difference else "the same outputs"
+        say(f"Loaded by {WAYS[way]}: {'outputs not compared' if difference is None else how}")
     return found
 
 

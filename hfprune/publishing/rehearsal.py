@@ -106,7 +106,10 @@ def rehearse_push(arguments: Sequence[str], source: Path, repo_id: str) -> int:
         print(f"A rehearsal: {hub.endpoint} on this machine stands for the Hub.", flush=True)
         command = [sys.executable, "-c", "from hfprune.cli import main; main()", *arguments]
         try:
-            return subprocess.run(command, env=environment, check=False).returncode
+            status = subprocess.run(command, env=environment, check=False).returncode
+            if status == 0:
+                print("The rehearsal went well. Nothing was published, and nothing of it is kept.")
+            return status
         finally:
             if before is not None:
                 known.write_bytes(before)

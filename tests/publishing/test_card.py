@@ -213,6 +213,12 @@ def test_peoples_words_and_metadata_stay(run, folder):
     assert "license: apache-2.0" in text_of(run, previous=mine, license="apache-2.0")
 
 
+def test_a_base_that_only_a_person_knows_stays_named(run, folder):
+    mine = "---\nbase_model: org/dense\nbase_model_relation: finetune\n---\n"
+    assert data_of(folder, previous=mine).base_model == "org/dense"
+    assert data_of(run, previous=mine).base_model == "base/bert"
+
+
 def test_broken_metadata_of_a_person_is_told(run):
     with pytest.raises(PublishError, match=r"README\.md .*cannot be read.*Mend it"):
         text_of(run, previous="---\nlicense: [mit\n---\n# Hello\n")

@@ -421,6 +421,28 @@ def test_a_new_repository_survives_a_dying_network_too(hub, model):
         assert files(hub, revision="small").keys() == MODEL_FILES | {".gitattributes"}
 
 
+def test_weights_that_go_up_in_parts_harm_nothing_on_the_way_either(hub, first, second, tmp_path):
+    hub.part_bytes = 20_000
+    scene = Scene(hub, first, second, tmp_path / "model")
+    parts = [at for at, request in enumerate(scene.requests) if request.startswith("PUT /storage/")]
+    assert len(parts) > 2 and f"POST {scene.requests[parts[0]].split()[1][:-2]}" in scene.requests
+    for position in range(parts[0], len(scene.requests)):
+        assert scene.survives("close", lambda index, request, at=position: index >= at)
+        scene.survives("lose", lambda index, request, at=position: index == at)
+
+
+def test_weights_that_do_not_go_up_by_xet_harm_nothing(scene, monkeypatch):
+    """Xet is another way for the weights; the commit comes after it, as ever. This Hub has none."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    with pytest.raises(PublishError, match="Uploading failed"):
+        quietly(scene.folder)
+    assert any("xet-write-token" in request for request in scene.hub.log)
+    assert files(scene.hub) == scene.before
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    quietly(scene.folder)
+    assert files(scene.hub) == scene.after
+
+
 PUSH = "import sys; from hfprune.cli import main; sys.argv[0] = 'hfprune'; main()"
 
 
