@@ -288,7 +288,8 @@ def _check_plain(model: PreTrainedModel) -> None:
             else "load one with AutoModel...from_pretrained"
         )
         raise UnsupportedModelError(f"A {name} is not a transformers model; {hint}.")
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None or any(map(_is_quantized, model.modules())):
         raise UnsupportedModelError(
             f"This {name} is quantized: its weights cannot be cut. Load it unquantized, prune, "
             "then quantize."
@@ -311,6 +312,20 @@ def _check_plain(model: PreTrainedModel) -> None:
         )
 
 
+def _is_quantized(module: nn.Module) -> bool:
+    """Whether a module's weight is packed: in less than 16 bits, or in a tensor of another kind."""
+    weight = getattr(module, "weight", None)
+    if weight is None or isinstance(weight, torch.Tensor) and is_sharded(weight):
+        return False
+    plain = isinstance(weight, torch.Tensor) and type(weight.data) is torch.Tensor
+    return not plain or weight.element_size() < 2
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether FSDP keeps parts of a tensor in other processes."""
+    return type(tensor).__name__ == "DTensor"
+
+
 def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate keeps a module's weights elsewhere and brings them when it is called."""
     return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
@@ -322,7 +337,7 @@ def check_whole(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedModelError: it is sharded or offloaded; it can be scored and planned for.
     """
-    sharded = any(type(p).__name__ == "DTensor" for p in model.parameters())
+    sharded = any(map(is_sharded, model.parameters()))
     if sharded or any(map(is_offloaded, model.modules())):
         raise UnsupportedModelError(
             f"This {type(model).__name__} is {'sharded by FSDP' if sharded else 'offloaded'}: it "

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import tempfile
 
 import pytest
 import tiny
@@ -211,12 +212,18 @@ def test_half_precision_and_shards_come_back(tmp_path):
         assert again.state_dict()[name].equal(tensor.to(torch.bfloat16))
 
 
-class Quantized:
-    """Stands for a quantizer; having one is enough to be refused."""
+def loaded_quantized(model):
+    pytest.importorskip("optimum.quanto")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        quanto = transformers.QuantoConfig(weights="int8")
+        return type(model).from_pretrained(folder, quantization_config=quanto)
 
 
-def quantized(model):
-    model.hf_quantizer = Quantized()
+def quantized_by_quanto(model):
+    quanto = pytest.importorskip("optimum.quanto")
+    quanto.quantize(model, weights=quanto.qint4)
+    quanto.freeze(model)
     return model
 
 
@@ -248,7 +255,8 @@ def alone(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (quantized, "quantized"),
+        (loaded_quantized, "quantized"),
+        (quantized_by_quanto, "quantized"),
         (on_meta, "meta device"),
         (shared, "shares one tensor"),
         (torch.nn.DataParallel, "wraps a BertForMaskedLM"),
