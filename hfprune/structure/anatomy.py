@@ -315,7 +315,7 @@ def _check_plain(model: PreTrainedModel) -> None:
 def _is_quantized(module: nn.Module) -> bool:
     """Whether a module's weight is packed: in less than 16 bits, or in a tensor of another kind."""
     weight = getattr(module, "weight", None)
-    if weight is None or isinstance(weight, torch.Tensor) and is_sharded(weight):
+    if weight is None or (isinstance(weight, torch.Tensor) and is_sharded(weight)):
         return False
     plain = isinstance(weight, torch.Tensor) and type(weight.data) is torch.Tensor
     return not plain or weight.element_size() < 2
