@@ -116,6 +116,30 @@ def class_names(splits: Mapping[str, Dataset], column: str) -> list[str]:
     return [f"LABEL_{number}" for number in range(most + 1)]
 
 
+def check_classes(names: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse labels that mean other classes than a model's.
+
+    Args:
+        names: of the labels' classes, in the order of their numbers.
+        known: names of the model's, likewise.
+
+    Raises:
+        DataError: more classes than the model has, or the same names in another order.
+    """
+    if len(names) > len(known):
+        raise DataError(
+            f"The labels are of {len(names)} classes, and the model knows {len(known)}: let it"
+            " learn the task (`finetune`), or give a model that has."
+        )
+    given, own = ([name.lower() for name in which] for which in (names, known))
+    if given != own and sorted(given) == sorted(own):
+        raise DataError(
+            f"The labels are numbered {', '.join(names)}, and the model's classes"
+            f" {', '.join(known)}: renumber the labels, or let it learn the task"
+            " (`finetune`)."
+        )
+
+
 def _largest(label: int | list[int]) -> int:
     return label if isinstance(label, int) else max(label, default=0)
 

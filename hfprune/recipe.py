@@ -10,7 +10,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -108,9 +108,12 @@ class Prune:
     """What may stay.
 
     Attributes:
-        budget: "macs=50%" or "params=0.6", of the layers; several limits with commas. A list is for
+        budget: "macs=50%" or "params=0.6", of the layers, "memory=400MB@1x128" or
+            "latency=8ms@1x128", of the whole model; several limits with commas. A list is for
             rounds: each prunes what the round before left to a smaller share of the dense layers,
             and recovers.
+        latency_table: file that `hfprune latency` wrote, on the machine that latency is planned
+            for; None to measure here, once, and keep it in the run's folder.
         criterion: name in the registry of the importance by which units are chosen.
         min_heads, min_neurons: that every layer keeps at least.
         round_to: FFN widths are multiples of this.
@@ -123,6 +126,7 @@ class Prune:
     """
 
     budget: str | tuple[str, ...] = "macs=50%"
+    latency_table: str | None = None
     criterion: str = "reconstruction"
     min_heads: int = 1
     min_neurons: int = 1
@@ -269,6 +273,7 @@ class Recipe:
             raise RecipeError("prune.budget must hold one budget at least.")
         for before, after in itertools.pairwise(rounds):
             _check_falls(before, after)
+        self._check_latency(rounds)
         for budget in self.measure.curve:
             Budget.parse(budget)
         criterion_named(self.prune.criterion)
@@ -300,6 +305,27 @@ class Recipe:
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise RecipeError(f"output: cannot write below {parent}; choose another folder.")
 
+    def _check_latency(self, rounds: Sequence[Budget]) -> None:
+        """Refuse what one table, or no table of a round before, can say."""
+        shapes = [
+            [limit.shape for limit in budget.limits if limit.resource == "latency"]
+            for budget in rounds
+        ]
+        if any(len(of_round) > 1 for of_round in shapes):
+            raise RecipeError("prune.budget: a run plans for the latency of one batch only.")
+        table = self.prune.latency_table
+        if table is None:
+            return
+        if not any(shapes):
+            raise RecipeError("prune.latency_table needs a prune.budget of latency.")
+        if len(rounds) > 1:
+            raise RecipeError(
+                "prune.latency_table is of the dense model, and later rounds prune others: leave it"
+                " out, and every round measures its own."
+            )
+        if not Path(table).is_file():
+            raise RecipeError(f"prune.latency_table: there is no file {table}.")
+
     def _numbers(self) -> list[tuple[str, float]]:
         """Every number of the recipe, by name."""
         found: list[tuple[str, float]] = []
@@ -319,6 +345,11 @@ def _check_falls(before: Budget, after: Budget) -> None:
     """Refuse a round that need not remove anything."""
     earlier = {(limit.resource, limit.absolute): limit for limit in before.limits}
     for limit in after.limits:
+        if not limit.absolute and limit.resource not in ("macs", "params"):
+            raise RecipeError(
+                f"prune.budget: after the first round, {limit} has no meaning: write the"
+                f" {limit.resource} as an amount, or a share of macs or params."
+            )
         other = earlier.get((limit.resource, limit.absolute))
         if other is None or not limit.amount < other.amount:
             raise RecipeError(

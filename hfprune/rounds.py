@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from hfprune.errors import BudgetError
-from hfprune.planning.budget import Budget
+from hfprune.planning.budget import Budget, Limit
 from hfprune.planning.constraints import Constraints
 from hfprune.planning.plan import PruningPlan
 from hfprune.recipe import Recipe
@@ -49,6 +49,11 @@ class Round:
     def first(self) -> bool:
         """Whether it prunes the dense model itself."""
         return self.number == 1
+
+    @property
+    def latency(self) -> Limit | None:
+        """The limit of time, for which a table must say where the time goes."""
+        return next((limit for limit in self.budget.limits if limit.resource == "latency"), None)
 
     @staticmethod
     def of(recipe: Recipe) -> list[Round]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -14,13 +14,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from hfprune.data import Batches, Collate, class_names, commit_of, load_named, load_splits
-from hfprune.errors import RecipeError
+from hfprune.data import (
+    Batches,
+    Collate,
+    check_classes,
+    class_names,
+    commit_of,
+    load_named,
+    load_splits,
+)
+from hfprune.errors import BudgetError, RecipeError
 from hfprune.evaluation.evaluate import Difference, Quality, model_inputs, paired_difference
 from hfprune.evaluation.hardware import machine
 from hfprune.evaluation.measure import check_length, measure_side_by_side
 from hfprune.importance.criteria import criterion_named
 from hfprune.importance.scoring import Scores, score
+from hfprune.planning.latency import LatencyTable, measure_latency
 from hfprune.planning.plan import PruningPlan
 from hfprune.planning.solve import Constraints, plan
 from hfprune.processes import Processes
@@ -146,6 +155,12 @@ class Steps:
         steps = [
             step("Scoring heads and neurons", "scores", self.make_scores, scored, together=True)
         ]
+        if this.latency:
+            if table := self.recipe.prune.latency_table:
+                prune["table"] = Path(table).read_text()
+            else:
+                runs = {"threads": self.recipe.measure.threads, "shape": this.latency.shape}
+                steps.append(step("Measuring latency", "latency.json", self.make_latency, runs))
         if this.first:
             steps.append(step("Planning", "plan.json", self.make_plan, prune, together=True))
         else:
@@ -199,8 +214,9 @@ class Steps:
     @cached_property
     def collate(self) -> Collate:
         """What makes batches of examples."""
-        config = AutoConfig.from_pretrained(self.recipe.model, **self._source)
-        return self.task.collator(self.processor, config)
+        return self.task.collator(
+            self.processor, partial(AutoConfig.from_pretrained, self.recipe.model, **self._source)
+        )
 
     @cached_property
     def calibration(self) -> list[dict[str, torch.Tensor]]:
@@ -249,6 +265,16 @@ class Steps:
         """What stays of the model that a round prunes."""
         return PruningPlan.load(self.folder / this.path("plan.json" if this.first else "cut.json"))
 
+    def table_of(self, this: Round) -> LatencyTable | None:
+        """By which latency is planned: the recipe's table or the measured one; None if it is not
+        planned for.
+        """
+        if this.latency is None:
+            return None
+        return LatencyTable.load(
+            self.recipe.prune.latency_table or self.folder / this.path("latency.json")
+        )
+
     def model(self, name: str) -> PreTrainedModel:
         """A model of this run, in eval mode."""
         return from_pretrained(self.folder / name)
@@ -290,11 +316,13 @@ class Steps:
         extra = self._source
         if self.recipe.gguf_file:
             extra["dtype"] = torch.float32
-        if self.task.classes and self.recipe.finetune:  # the head is new
-            names = dict(enumerate(class_names(self.loaded, self.recipe.data.label)))
-            numbers = {name: number for number, name in names.items()}
-            extra |= {"id2label": names, "label2id": numbers, "ignore_mismatched_sizes": True}
+        names = class_names(self.loaded, self.recipe.data.label) if self.task.classes else []
+        if names and self.recipe.finetune:  # the head is new
+            extra["id2label"] = dict(enumerate(names))
+            extra["label2id"] = {name: number for number, name in enumerate(names)}
+            extra["ignore_mismatched_sizes"] = True
         model = self.task.load(self.recipe.model, **extra)
+        check_classes(names, list((model.config.id2label or {}).values()))
         if self.recipe.gguf_file:
             # The weights are plain tensors by now; what is left of the GGUF loader only forbids
             # saving.
@@ -325,15 +353,23 @@ class Steps:
                 f" them rank the units alike to {agreement:.2f} (1 is equal)"
             )
 
+    def make_latency(self, this: Round, path: Path) -> None:
+        """Where the time of the model that a round prunes goes, on this machine."""
+        assert this.latency is not None
+        shape = this.latency.shape or (1, max(1, round(self.scores_of(this).tokens)))
+        measure_latency(self.model(this.given), *shape).save(path)
+
     def make_plan(self, this: Round, path: Path) -> None:
         """What stays of the model that the round is given; every process plans for itself."""
-        given, scores = self.model(this.given), self.scores_of(this)
+        given, scores, table = self.model(this.given), self.scores_of(this), self.table_of(this)
         budget, constraints = this.budget, self.constraints
         if not this.first:
             earlier = self.plan_of(self.rounds[this.number - 2])
             budget = budget_on_given(budget, earlier.anatomy, earlier.tokens)
             constraints = constraints_on_given(constraints, earlier)
-        made = plan(given, scores, budget, self.recipe.prune.criterion, constraints)
+        made = plan(given, scores, budget, self.recipe.prune.criterion, constraints, latency=table)
+        if this.first:
+            self._curve_plans(given, scores)  # what no plan can meet shows now, not at the report
         self.processes.agree("the plan", made.fingerprint)
         if self.processes.main:
             made.save(path)
@@ -408,6 +444,8 @@ class Steps:
         """Quality and cost of every variant, side by side."""
         start = time.perf_counter()
         models = {name: self.model(name) for name in self.variants}
+        plan, scores = self.plan, self.scores
+        compared = self._curve_plans(models["dense"], scores)
         quality = {name: self._judge(model) for name, model in models.items()}
         also = {name: self._judge_also(model) for name, model in models.items()}
         sizes = self.recipe.measure.batch_sizes
@@ -421,7 +459,6 @@ class Steps:
             repeats=self.recipe.measure.repeats,
             threads=self.recipe.measure.threads or None,
         )
-        plan, scores = self.plan, self.scores
         tokens = plan.tokens
         one = self._one_of(models["dense"], tokens)
         seconds = {name: entry["seconds"] for name, entry in steps_done(self.folder).items()}
@@ -449,7 +486,7 @@ class Steps:
             recipe=self.recipe.to_dict(),
             energy=self.energy,
             carbon_intensity=self.recipe.measure.carbon_intensity,
-            curve=self._curve(quality, models["dense"], scores),
+            curve=self._curve(quality, models["dense"], compared),
         )
         path.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
 
@@ -480,7 +517,10 @@ class Steps:
         return None if name == "dense" else paired_difference(dense, found, seed=self.recipe.seed)
 
     def _curve(
-        self, quality: Mapping[str, Quality], dense: PreTrainedModel, scores: Scores
+        self,
+        quality: Mapping[str, Quality],
+        dense: PreTrainedModel,
+        compared: Sequence[PruningPlan],
     ) -> tuple[CurvePoint, ...]:
         """Quality over the share of the MACs that stays: after every round, where there are
         several, and of the plans that the recipe asks to compare.
@@ -491,25 +531,31 @@ class Steps:
                 ("recovered", self.plan_of(r).macs_share, quality[r.path(r.result)])
                 for r in self.rounds
             ]
-        found += self._compared(dense, scores)
+        for made in compared:
+            with preview(dense, made):
+                found.append((made.criterion, made.macs_share, self._judge(dense)))
         if found:
             found.insert(0, ("dense", 1.0, quality["dense"]))
         return tuple(
             CurvePoint(share, q.value, q.low, q.high, series) for series, share, q in found
         )
 
-    def _compared(
-        self, dense: PreTrainedModel, scores: Scores
-    ) -> Iterator[tuple[str, float, Quality]]:
-        """Criterion, share of the MACs and quality of each plan of `measure.curve`, by closed gates
-        and before any recovery.
+    def _curve_plans(self, dense: PreTrainedModel, scores: Scores) -> list[PruningPlan]:
+        """The plans of `measure.curve`, which are judged by closed gates and before any recovery.
+
+        Raises:
+            BudgetError: no structure meets one of its budgets.
         """
+        table = self.table_of(self.rounds[0])
         criteria = dict.fromkeys((self.recipe.prune.criterion, "magnitude", "random"))
-        for criterion in criteria:
-            for budget in self.recipe.measure.curve:
-                made = plan(dense, scores, budget, criterion, self.constraints)
-                with preview(dense, made):
-                    yield criterion, made.macs_share, self._judge(dense)
+        try:
+            return [
+                plan(dense, scores, budget, criterion, self.constraints, latency=table)
+                for criterion in criteria
+                for budget in self.recipe.measure.curve
+            ]
+        except BudgetError as error:
+            raise BudgetError(f"measure.curve: {error}") from error
 
     def make_page(self, path: Path) -> None:
         """The report as a page, with its pictures beside it."""

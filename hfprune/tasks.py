@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 Processor = Any
 """A model's tokenizer, or its image processor."""
 
+Config = Callable[[], "PreTrainedConfig"]
+"""Loads a model's config; of a GGUF file that takes as long as to read all of it."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -34,7 +37,8 @@ class Task:
         auto_class: name of the transformers class that loads its models.
         examples: the splits as loaded, the processor and the recipe's data -> the splits as
             examples, rows of what a model is called with and of what it is judged by.
-        collate: the processor and the model's config -> a function from examples to a padded batch.
+        collate: the processor and what loads the model's config -> a function from examples to a
+            padded batch.
         judge: a model, batches and a seed -> its quality, by the task's metric.
         chosen_by: the metric on the dev split that chooses the best checkpoint; "loss" for the
             model's own.
@@ -45,7 +49,7 @@ class Task:
 
     auto_class: str
     examples: Callable[[Mapping[str, Dataset], Processor, Data], dict[str, Dataset]]
-    collate: Callable[[Processor, PreTrainedConfig], Callable[[list[dict]], Mapping[str, Any]]]
+    collate: Callable[[Processor, Config], Callable[[list[dict]], Mapping[str, Any]]]
     judge: Callable[[PreTrainedModel, Batches, int], Quality]
     chosen_by: str = "loss"
     metric: Callable[[Any], float] | None = None
@@ -72,7 +76,7 @@ class Task:
         )
         return loaded
 
-    def collator(self, processor: Processor, config: PreTrainedConfig) -> Collate:
+    def collator(self, processor: Processor, config: Config) -> Collate:
         """What makes batches of examples: padded tensors, of nothing but the model's inputs."""
         pad = self.collate(processor, config)
 
@@ -99,25 +103,25 @@ def task_named(name: str) -> Task:
     return TASKS[name]
 
 
-def _padded(tokenizer: Processor, config: PreTrainedConfig) -> Callable:
+def _padded(tokenizer: Processor, config: Config) -> Callable:
     from transformers import DataCollatorWithPadding
 
     return DataCollatorWithPadding(tokenizer)
 
 
-def _padded_with_labels(tokenizer: Processor, config: PreTrainedConfig) -> Callable:
+def _padded_with_labels(tokenizer: Processor, config: Config) -> Callable:
     from transformers import DataCollatorForTokenClassification
 
     return DataCollatorForTokenClassification(tokenizer)
 
 
-def _padded_both(tokenizer: Processor, config: PreTrainedConfig) -> Callable:
+def _padded_both(tokenizer: Processor, config: Config) -> Callable:
     """Encoder's and decoder's inputs: who has no labels has the decoder's inputs all the same."""
     import torch
     from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 
     with torch.device("meta"):
-        shifts = AutoModelForSeq2SeqLM.from_config(config)
+        shifts = AutoModelForSeq2SeqLM.from_config(config())
     pad = DataCollatorForSeq2Seq(tokenizer, model=shifts)
 
     def collate(rows: list[dict]) -> Mapping[str, Any]:
@@ -128,7 +132,7 @@ def _padded_both(tokenizer: Processor, config: PreTrainedConfig) -> Callable:
     return collate
 
 
-def _stacked(processor: Processor, config: PreTrainedConfig) -> Callable:
+def _stacked(processor: Processor, config: Config) -> Callable:
     from transformers import default_data_collator
 
     return default_data_collator

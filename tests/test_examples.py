@@ -10,7 +10,7 @@ from PIL import Image
 from test_data import WORDS, sentences, tiny_tokenizer
 from transformers import ViTImageProcessorPil
 
-from hfprune.data import Batches, class_names, load_splits
+from hfprune.data import Batches, check_classes, class_names, load_splits
 from hfprune.errors import DataError
 from hfprune.examples import OUTSIDE, answered, pictures, rewritten, tagged
 from hfprune.recipe import Data
@@ -159,7 +159,7 @@ def test_a_text_follows_its_prefix_and_its_target_stands_alone():
     assert made["input_ids"][0] == expected and len(expected) == 5
     assert made["labels"][0] == words("good film")["input_ids"]
     config = tiny.config("t5")
-    (batch,) = Batches(made, TASKS["summarization"].collator(words, config), 2)
+    (batch,) = Batches(made, TASKS["summarization"].collator(words, lambda: config), 2)
     short, long = batch["labels"]
     assert short.tolist()[-1] == -100 and -100 not in long.tolist()
     started = config.decoder_start_token_id
@@ -233,6 +233,17 @@ def test_a_saved_dataset_comes_back_with_the_names_of_its_classes(tmp_path):
     loaded = load_splits(Data(**dict.fromkeys(NAMES, str(tmp_path / "saved"))))
     assert len(loaded["dev"]) == 6
     assert class_names(loaded, "label") == ["bad", "good"]
+
+
+def test_labels_that_a_model_would_take_for_other_classes():
+    check_classes(["bad", "good"], ["BAD", "Good"])
+    check_classes(["LABEL_0"], ["LABEL_0", "LABEL_1"])
+    check_classes(["yes", "no"], ["LABEL_0", "LABEL_1"])  # nothing is known of them
+    check_classes([], [])
+    with pytest.raises(DataError, match="labels are of 3 classes, and the model knows 2: let it"):
+        check_classes(["a", "b", "c"], ["a", "b"])
+    with pytest.raises(DataError, match="numbered good, bad, and the model's classes bad, good:"):
+        check_classes(["good", "bad"], ["bad", "good"])
 
 
 def test_classes_by_number_and_of_words():

@@ -25,6 +25,7 @@ from hfprune.evaluation import hardware
 from hfprune.evaluation.evaluate import evaluate_classification
 from hfprune.importance.scoring import Scores
 from hfprune.pipeline import evaluation_batches
+from hfprune.planning.latency import Curve
 from hfprune.planning.plan import PruningPlan
 from hfprune.processes import Processes
 from hfprune.publishing.report import Report
@@ -349,6 +350,49 @@ def test_an_impossible_budget_leaves_what_was_finished(copied):
     said = []
     hfprune.run(copied, say=said.append, until="distilled")
     assert {"dense", "scores"} <= set(done_before(said))
+
+
+def test_a_curve_that_no_plan_can_meet_is_seen_before_anything_is_removed(copied):
+    impossible = changed(copied, "measure", curve=("macs=50%", "macs=1%"))
+    impossible = changed(impossible, "prune", budget="macs=60%")
+    with pytest.raises(HfpruneError, match=r"measure\.curve: No structure keeps only macs=1%"):
+        hfprune.run(impossible, say=str, until="pruned")
+    assert not leftovers(copied)
+    assert done_of(copied, impossible) == ["dense", "scores"]
+
+
+def test_a_budget_of_latency_is_planned_by_one_table(copied, tmp_path):
+    """Measured once and kept, or brought from elsewhere; the same table gives the same plan."""
+    recipe = changed(copied, "prune", budget="latency=100%@2x12, params=80%")
+    said = []
+    hfprune.run(recipe, say=said.append, until="plan.json")
+    assert "Measuring latency ..." in said
+    table = hfprune.LatencyTable.load(at(copied, "latency.json"))
+    assert (table.batch_size, table.tokens) == (2, 12)
+    measured = at(copied, "latency.json").stat().st_mtime_ns
+    dense, scores = hfprune.from_pretrained(at(copied, "dense")), Scores.load(at(copied, "scores"))
+
+    def planned_by(table, budget):
+        plan = PruningPlan.load(at(copied, "plan.json"))
+        return plan == hfprune.plan(dense, scores, budget, latency=table)
+
+    assert planned_by(table, "latency=100%@2x12, params=80%")
+    less = changed(recipe, "prune", budget="latency=100%@2x12, params=60%")
+    hfprune.run(less, say=str, until="plan.json")
+    assert at(copied, "latency.json").stat().st_mtime_ns == measured
+    assert planned_by(table, "latency=100%@2x12, params=60%")
+
+    less = changed(recipe, "prune", budget="latency=70%@2x12")
+    brought = changed(less, "prune", latency_table=str(tmp_path / "table.json"))
+    with pytest.raises(RecipeError, match=r"prune\.latency_table: there is no file"):
+        hfprune.run(brought, say=str)
+    slow = dict.fromkeys(table.groups, Curve((0.0, 1.0), (0.0, 1.0)))
+    elsewhere = dataclasses.replace(table, groups=slow)
+    elsewhere.save(tmp_path / "table.json")
+    said.clear()
+    hfprune.run(brought, say=said.append, until="plan.json")
+    assert not any("Measuring latency" in line for line in said)
+    assert planned_by(elsewhere, "latency=70%@2x12")
 
 
 @pytest.mark.parametrize("finetuned", [True, False])

@@ -204,6 +204,44 @@ def test_a_round_must_leave_less_than_the_one_before(budgets, values, tmp_path):
         load(put(values, "prune.budget", budgets), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ({"budget": "latency=8ms@1x8, latency=9ms@2x8"}, "the latency of one batch only"),
+        ({"latency_table": "here"}, "prune.latency_table needs a prune.budget of latency"),
+        ({"latency_table": "nowhere", "budget": "latency=50%"}, "there is no file nowhere"),
+        (
+            {"latency_table": "here", "budget": ["latency=9ms", "latency=8ms"]},
+            "is of the dense model, and later rounds prune others",
+        ),
+        ({"budget": ["latency=80%", "latency=60%"]}, "latency=60% has no meaning: write the lat"),
+        ({"budget": ["memory=80%", "memory=60%"]}, "memory=60% has no meaning: write the memory"),
+    ],
+)
+def test_latency_that_no_table_tells(prune, message, values, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("here").write_text("{}")
+    values["prune"] = prune
+    with pytest.raises(RecipeError, match=message):
+        load(values, tmp_path)
+
+
+def test_budgets_of_latency_are_written_like_others(values, tmp_path):
+    values["prune"] = {"budget": ["latency=9ms@1x8", "latency=8ms@1x8"]}
+    assert load(values, tmp_path).prune.latency_table is None
+
+
+def test_lengths_are_of_texts(values, tmp_path):
+    values |= {"task": "image-classification", "measure": {"lengths": [128]}}
+    with pytest.raises(RecipeError, match=r"measure\.lengths are of texts, and image-cl.* images"):
+        load(values, tmp_path)
+
+
+def test_an_unknown_task_names_the_nearest(values, tmp_path):
+    with pytest.raises(RecipeError, match=r"task 'token-clasification'\. Did you mean 'token-cl"):
+        load(put(values, "task", "token-clasification"), tmp_path)
+
+
 def test_missing_keys_are_named(values, tmp_path):
     for key in ("model", "output", "data"):
         with pytest.raises(RecipeError, match=f"^{key} is missing"):

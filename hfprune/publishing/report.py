@@ -214,6 +214,7 @@ class Report:
             "model",
             f"{self.dense.quality.metric} [95 %]",
             "vs dense [95 %]",
+            *self.dense.quality.beside,
             *(title for name in self.dense.also for title in (f"on {name} [95 %]", "vs dense")),
             "parameters",
             f"MACs ({self.tokens} tokens)",
@@ -229,6 +230,7 @@ class Report:
                     v.name,
                     _quality(v.quality),
                     _difference(v.difference),
+                    *(f"{value:.1%}" for value in v.quality.beside.values()),
                     *(
                         cell
                         for judged in v.also.values()
