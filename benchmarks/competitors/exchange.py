@@ -123,11 +123,12 @@ def _padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def bert_widths(model: Any, head_size: int) -> Widths:
-    """Widths of a pruned transformers BERT, read off its matrices."""
+    """Widths of a pruned transformers BERT, read off its matrices, as modules may not know."""
     layers = model.bert.encoder.layer
+    queries = [layer.attention.self.query.weight for layer in layers]
     return Widths(
-        hidden=layers[0].attention.self.query.in_features,
+        hidden=queries[0].shape[1],
         head_size=head_size,
-        heads=[layer.attention.self.query.out_features // head_size for layer in layers],
-        neurons=[layer.intermediate.dense.out_features for layer in layers],
+        heads=[query.shape[0] // head_size for query in queries],
+        neurons=[layer.intermediate.dense.weight.shape[0] for layer in layers],
     )
