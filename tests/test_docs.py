@@ -1,6 +1,7 @@
 """The pages of docs/ are executed from top to bottom, as a reader would."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -68,18 +69,43 @@ def test_the_page_on_recovery_runs(tmp_path, monkeypatch, capsys):
 def test_a_run_is_published_as_the_page_says(hub, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     saved.run(tmp_path / "runs" / "minilm-movie")
+    saved.family(tmp_path / "runs" / "minilm-sizes", base=None)
     names = run(DOCS / "publishing.md")
-    assert "{'hfprune': 0.0, 'remote-code': 0.0}" in capsys.readouterr().out
+    same = "{'hfprune': 0.0, 'remote-code': 0.0}"
+    said = capsys.readouterr().out
+    assert f" {same}\n" in said and f"'macs-80': {same}, 'macs-40': {same}, 'main': {same}" in said
     assert set(hub.repos) == {"me/minilm-half", "me/minilm-other", "me/minilm"}
     assert hub.repos["me/minilm-other"].private
-    assert names["half"].config.hfprune == names["model"].config.hfprune
+    smaller = hfprune.from_pretrained(tmp_path / "runs" / "minilm-sizes" / "round-2" / "distilled")
+    assert all(names["smaller"].state_dict()[k].equal(v) for k, v in smaller.state_dict().items())
 
 
-def test_the_page_on_publishing_names_options_that_are_there():
-    push = typer.main.get_command(cli.app).commands["push"]
-    options = {name for option in push.params for name in (*option.opts, *option.secondary_opts)}
-    named = set(re.findall(r"--[a-z][a-z-]+", (DOCS / "publishing.md").read_text(encoding="utf-8")))
-    assert {"--dry-run", "--rehearse", "--revision"} <= named <= options
+def test_the_commands_of_the_page_on_publishing_are_understood(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (DOCS / "publishing.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^hfprune (push .*)$", text, flags=re.MULTILINE)
+    commands = [shlex.split(line, comments=True) for line in lines]
+    app = typer.main.get_command(cli.app)
+    for name, *arguments in commands:
+        app.commands[name].make_context(name, arguments)
+    options = {argument for command in commands for argument in command if argument[:2] == "--"}
+    assert {"--dry-run", "--rehearse", "--revision", "--family"} <= options
+    push = {
+        n for option in app.commands["push"].params for n in (*option.opts, *option.secondary_opts)
+    }
+    assert set(re.findall(r"`(--[a-z][a-z-]+)", text)) <= push
+    (dry,) = (command for command in commands if "--dry-run" in command)
+    saved.run(tmp_path / "runs" / "minilm-movie")
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(dry)
+    assert "What would be uploaded is in there" in capsys.readouterr().out
+    assert hfprune.from_pretrained(tmp_path / "there").config.hfprune
+
+
+def test_the_settings_of_the_page_on_publishing_are_a_recipes():
+    (block,) = re.findall(r"```yaml\n(.*?)```", (DOCS / "publishing.md").read_text(), re.DOTALL)
+    recipe = Recipe.from_dict({**saved.RECIPE, **yaml.safe_load(block)})
+    assert recipe.measure.carbon_intensity == 56
 
 
 def test_a_model_is_planned_as_the_page_says(tmp_path, monkeypatch, capsys):
