@@ -86,6 +86,7 @@ _AUDIO: dict[str, Any] = {
 _LATENT = {"num_key_value_heads": HEADS, "first_k_dense_replace": 1}
 _STARTED = {"decoder_start_token_id": 1}
 _EXTRAS: dict[str, dict[str, Any]] = {
+    "audio-spectrogram-transformer": {"max_length": 16, "frequency_stride": 4, "time_stride": 4},
     "clip": _TOWERS,
     "data2vec-audio": _AUDIO | {"conv_pos_kernel_size": 3, "num_conv_pos_embeddings": 2},
     "deberta-v2": {
@@ -99,6 +100,7 @@ _EXTRAS: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": _LATENT,
     "gemma3": _READ | {"mm_tokens_per_image": 4},
     "gpt_neo": {"attention_types": [[["global"], LAYERS]]},
+    "granitemoeshared": {"shared_intermediate_size": WIDTH},
     "gptj": {"rotary_dim": 4},
     "hubert": _AUDIO,
     "idefics3": _READ | {"scale_factor": 2},
@@ -111,10 +113,17 @@ _EXTRAS: dict[str, dict[str, Any]] = {
     "metaclip_2": _TOWERS,
     "mistral3": _READ
     | {"text_config": _SIZES | {"model_type": "mistral"}, "spatial_merge_size": 2},
+    "owlv2": _TOWERS,
+    "owlvit": _TOWERS,
     "paligemma": _READ
     | {"text_config": {k: v for k, v in _SIZES.items() if k != "sliding_window"}},
     "qwen2_5_vl": _QWEN_VL,
     "qwen2_vl": _QWEN_VL,
+    "qwen3_vl": _QWEN_VL
+    | {
+        "vision_config": _QWEN_VISION
+        | {"deepstack_visual_indexes": [1], "num_position_embeddings": 16}
+    },
     "sew": _AUDIO | {"squeeze_factor": 1},
     "siglip2": _TOWERS | {"vision_config": _PATCHES},
     "siglip2_vision_model": {"num_patches": 16},
@@ -126,6 +135,7 @@ _EXTRAS: dict[str, dict[str, Any]] = {
     "unispeech": _AUDIO,
     "unispeech-sat": _AUDIO,
     "wav2vec2": _AUDIO,
+    "vivit": {"num_frames": 2, "tubelet_size": [2, 4, 4]},
     "xmod": {"default_language": "en_XX"},
 }
 GENERATING = (
@@ -214,6 +224,10 @@ def batch(model: PreTrainedModel, tokens: int = 9, examples: int = 2) -> dict[st
         inputs["input_features"] = noise(2, settings.num_mel_bins, 2 * frames)
     if model.main_input_name == "input_values":
         inputs["input_values"] = noise(2, 200)
+    if settings.model_type == "audio-spectrogram-transformer":
+        inputs["input_values"] = noise(2, settings.max_length, settings.num_mel_bins)
+    if settings.model_type == "vivit":
+        inputs["pixel_values"] = noise(2, settings.num_frames, 3, 16, 16)
     if settings.is_encoder_decoder:
         inputs["decoder_input_ids"] = integers((2, 5))
     inputs = {name: tensor[:examples] for name, tensor in inputs.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ from hfprune.errors import UnsupportedModelError
 from hfprune.structure.architectures import Attention, Ffn, Row, Stack, row_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Kind = Literal["head", "neuron"]
 
@@ -474,6 +475,12 @@ def owned_slices(model: PreTrainedModel, group: Group) -> list[Slice]:
     return _head_slices(layer, stack.attentions[group.part])
 
 
+def config_of(model: PreTrainedModel, stack: Stack) -> PreTrainedConfig:
+    """The part of a model's config that describes a stack."""
+    *path, _ = stack.depth.split(".")
+    return functools.reduce(getattr, path, model.config)
+
+
 def layer_of(model: PreTrainedModel, group: Group) -> nn.Module:
     """The layer that a group lies in."""
     return model.base_model.get_submodule(f"{stack_of(model, group).layers}.{group.layer}")
@@ -624,8 +631,11 @@ def _experts(layer: nn.Module, stack: Stack, number: int, index: int) -> list[Bl
 
 def _read_layers(model: PreTrainedModel, stack: Stack, count: int) -> tuple[int, tuple[int, ...]]:
     """How many layers of a stack anybody reads, and which of all must stay."""
+    if stack.tapped:
+        config = config_of(model, stack)
+        return count, tuple(sorted({*stack.pinned, *getattr(config, stack.tapped)}))
     if not stack.read:
-        return count, stack.pinned
+        return count, tuple(n for n in stack.pinned if n < count)
     said = getattr(model.config, stack.read)
     if not isinstance(said, int) or said >= 0:  # counted from the front: none may move
         said = max(said, default=-1) if isinstance(said, list | tuple) else said

@@ -123,6 +123,8 @@ class Stack:
         pinned: layers that stay, because they are built unlike the others.
         read: attribute of the model's config that says which layer's output is read; what lies
             after it has no units, and stays: the layer is often counted from the end.
+        tapped: attribute of the stack's own config that lists layers whose outputs go to other
+            modules too; they stay.
     """
 
     layers: str
@@ -133,6 +135,7 @@ class Stack:
     whole: tuple[Attention, ...] = ()
     pinned: tuple[int, ...] = ()
     read: str = ""
+    tapped: str = ""
 
 
 @dataclass(frozen=True)
@@ -261,6 +264,12 @@ _GPT_OSS = Stack(
     (_attention("self_attn", _QKV_O, own=("sinks",)),),
     None,
     moe=Moe("mlp.router", "mlp.experts"),
+)
+_GRANITE_SHARED = Ffn(
+    ("shared_mlp.input_linear",),
+    "shared_mlp.output_linear",
+    fused=True,
+    setting="shared_intermediate_size",
 )
 _GRANITE_MOE = Stack(
     "layers",
@@ -455,6 +464,16 @@ _QWEN2_5_VL = (
     Stack("visual.blocks", (_QWEN_VISION_ATTENTION,), _GATED, "vision_config.depth"),
     _READER,
 )
+_QWEN3_VL = (
+    Stack(
+        "visual.blocks",
+        (_QWEN_VISION_ATTENTION,),
+        Ffn(("mlp.linear_fc1",), "mlp.linear_fc2", width="mlp:intermediate_size"),
+        "vision_config.depth",
+        tapped="deepstack_visual_indexes",
+    ),
+    replace(_READER, pinned=(0, 1, 2)),  # to which the tapped outputs are added
+)
 _WAV2VEC2 = Stack(
     "encoder.layers",
     (_attention("attention", _QKV_OUT, sizes=("embed_dim",)),),
@@ -486,6 +505,7 @@ ROWS: dict[str, Row] = {
     **_rows("nomic_bert", _LLAMA),
     **_rows("llama qwen2 qwen3 mistral ministral gemma gemma2 gemma3_text", _LLAMA),
     **_rows("smollm3 granite helium olmo seed_oss ernie4_5 nemotron arcee exaone4", _LLAMA),
+    **_rows("exaone", _LLAMA),
     **_rows("gte eurobert hunyuan_v1_dense ministral3 cwm vaultgemma apertus jais2", _LLAMA),
     **_rows("nanochat jina_embeddings_v3", _UNGATED),
     **_rows("cohere", _LLAMA, unless="use_qk_norm"),
@@ -499,6 +519,7 @@ ROWS: dict[str, Row] = {
     **_rows("mixtral qwen3_moe", _MOE),
     **_rows("phimoe", _PHIMOE),
     **_rows("granitemoe", _GRANITE_MOE),
+    **_rows("granitemoeshared", replace(_GRANITE_MOE, ffn=_GRANITE_SHARED)),
     **_rows("gpt_oss", _GPT_OSS),
     **_rows("olmoe flex_olmo", _OLMOE, note=_SHARED_NORM),
     **_rows("qwen2_moe", _QWEN2_MOE),
@@ -519,13 +540,13 @@ ROWS: dict[str, Row] = {
     **_rows("plbart mvp", *_BART),
     **_rows("t5 mt5", *_t5("own_bias", "no_bias")),
     **_rows("umt5", *_t5("", "")),
-    **_rows("vit deit vit_msn ijepa beit", _VIT),
+    **_rows("vit deit vit_msn ijepa beit audio-spectrogram-transformer vivit", _VIT),
     **_rows("dinov2 dinov2_with_registers", _DINOV2, unless="use_swiglu_ffn"),
     **_rows("dinov3_vit", _DINOV3),
     **_rows("data2vec-vision", _DATA2VEC_VISION),
     **_rows("siglip_vision_model siglip2_vision_model mlcd_vision_model", _TOWER),
     **_rows("clip_text_model clip_vision_model", _TOWER),
-    **_rows("clip siglip siglip2 metaclip_2", *_CLIP),
+    **_rows("clip siglip siglip2 metaclip_2 owlvit owlv2", *_CLIP),
     **_rows("llava llava_next llava_onevision aya_vision", *_LLAVA),
     **_rows("internvl", *_INTERNVL),
     **_rows("mistral3", *_MISTRAL3),
@@ -533,17 +554,30 @@ ROWS: dict[str, Row] = {
     **_rows("idefics3 smolvlm", *_IDEFICS3),
     **_rows("qwen2_vl", *_QWEN2_VL),
     **_rows("qwen2_5_vl", *_QWEN2_5_VL),
+    **_rows("qwen3_vl", *_QWEN3_VL),
     **_rows("wav2vec2 hubert unispeech unispeech-sat data2vec-audio sew", _WAV2VEC2),
 }
 
 
 REFUSED = {
+    "blip": "its heads are built of different parts, without one base model that has all layers",
     "albert": "one layer's weights serve all layers, so a cut in one would change the others",
     "esm": "its contact head reads the attention maps of all heads and layers",
+    "falcon_h1": "each layer has an attention and a state space, which share its widths",
+    "funnel": "its layers come in blocks that halve the number of tokens and may share weights",
+    "gemma3n": "its layers share keys and values, and mix several streams of hidden states",
+    "jamba": "most of its layers are state spaces, not made of independent heads or neurons",
+    "lfm2": "most of its layers are convolutions, not made of independent heads",
     "mamba": "it has no attention, and its state space is not made of independent neurons",
     "mamba2": "it has no attention, and its state space is not made of independent neurons",
+    "qwen3_next": "most of its layers have linear attention, whose heads share a convolution",
+    "segformer": "its layers come in stages of different widths that hand on merged patches",
+    "squeezebert": "its matrices are grouped convolutions, whose rows cannot be cut alone",
     "swin": "its layers come in stages of different widths that hand on merged patches",
     "swinv2": "its layers come in stages of different widths that hand on merged patches",
+    "vit_mae": "what it sees of an image is drawn by chance, so two runs cannot be compared",
+    "wavlm": "its heads share one position bias that each layer gates for all of them",
+    "xlnet": "its projections are tensors of three dimensions, not matrices whose rows are heads",
 }
 """Families that no row can describe, and why."""
 

@@ -17,6 +17,7 @@ from hfprune.structure.anatomy import (
     Slice,
     axis_of,
     check_whole,
+    config_of,
     ffn_of,
     layer_of,
     moe_of,
@@ -164,7 +165,7 @@ _PER_LAYER = (
     "attention_window",
 )
 """Config lists with a value per layer."""
-_NUMBERED = ("mlp_only_layers", "fullatt_block_indexes")
+_NUMBERED = ("mlp_only_layers", "fullatt_block_indexes", "deepstack_visual_indexes")
 """Config lists of layers."""
 _FIRST = ("first_k_dense_replace", "moe_layer_start_index")
 """Config numbers of a layer from which on layers are of another kind."""
@@ -181,10 +182,7 @@ def _drop_layers(model: PreTrainedModel, stack: Stack, block: Block, keep: Seque
     for new, old in enumerate(keep):
         for module in layers[old].modules():
             _set_present(module, dict.fromkeys(NUMBERS, new))
-    config = model.config
-    *inside, names = stack.depth.split(".")
-    for part in inside:
-        config = getattr(config, part)
+    config, names = config_of(model, stack), stack.depth.split(".")[-1]
     before = {listed: getattr(config, listed, None) or () for listed in _NUMBERED}
     for named in (*_FIRST, *_LAST):
         if getattr(config, named, None) is not None:

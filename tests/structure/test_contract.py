@@ -119,8 +119,8 @@ def test_without_a_layer_it_is_the_dense_one_that_skips_it(family, tmp_path):
     anatomy, inputs = Anatomy.of(dense), tiny.batch(dense)
     keep = tiny.selection(anatomy, seed=3)
     for block in anatomy.blocks:
-        gone = 1 if block.pinned else 0
-        keep[block.name] = [unit for unit in range(block.units) if unit != gone]
+        gone = [unit for unit in range(block.units) if unit not in block.pinned][:1]
+        keep[block.name] = [unit for unit in range(block.units) if unit not in gone]
     pruned = copy_and_cut(dense, keep)
     groups = {group.name: keep[group.name] for group in anatomy}
     with torch.no_grad(), masked(dense, groups), only(dense, keep):

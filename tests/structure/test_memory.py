@@ -41,7 +41,8 @@ def check(family, dtype):
         inputs["decoder_input_ids"] = torch.full((BATCH, tokens), 3)
     memory = Memory.of(dense, BATCH, tokens)
     anatomy = Anatomy.of(dense)
-    for keep in ({}, tiny.selection(anatomy), {anatomy.stacks[-1].name: (0, 2)}):
+    last = anatomy.stacks[-1]
+    for keep in ({}, tiny.selection(anatomy), {last.name: sorted({0, 2, *last.pinned})}):
         pruned = copy_and_cut(dense, keep)
         cache = cached(pruned, inputs) if family in GENERATING else 0
         assert memory.of_all(keep) == weights(pruned) + cache
