@@ -26,6 +26,9 @@ _MAY_BE_ZERO = {
 }  # fmt: skip
 
 
+FREE = ("magnitude", "random")
+"""The criteria that are always measured: they read no data, and others are compared with them."""
+
 SPLITS = ("train", "dev", "test")
 """The names of the splits, which are fields of `Data`."""
 
@@ -96,11 +99,18 @@ class Score:
         batch_size: examples per batch.
         loss: "labels", the model's own loss; "sampled", that on labels drawn from the model's own
             predictions; or "logits", how far its logits move.
+        criteria: what is measured, `prune.criterion` among it; empty for all. `reconstruction`
+            takes much time and memory where layers are wide. `magnitude` and `random`, which cost
+            nothing, always are.
+        checkpointing: keep only what goes into each layer and compute it again in the backward
+            pass: a third more time, and much less memory.
     """
 
     examples: int = 1024
     batch_size: int = 32
     loss: Literal["labels", "logits", "sampled"] = "labels"
+    criteria: tuple[str, ...] = ()
+    checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,6 +162,8 @@ class Distill:
         task_weight, logits_weight, hidden_weight: weights of the task loss, the KL on logits and
             the hidden-state MSE.
         temperature: of the KL.
+        divergence: of the logits, "forward", "reverse" (for generation) or "skewed", between them.
+        skew: the dense model's share of the mixture, when skewed.
         freeze_embeddings: leave the embeddings as they are.
     """
 
@@ -164,6 +176,8 @@ class Distill:
     logits_weight: float = 1.0
     hidden_weight: float = 1.0
     temperature: float = 2.0
+    divergence: Literal["forward", "reverse", "skewed"] = "forward"
+    skew: float = 0.1
     freeze_embeddings: bool = True
 
 
@@ -276,14 +290,21 @@ class Recipe:
         self._check_latency(rounds)
         for budget in self.measure.curve:
             Budget.parse(budget)
-        criterion_named(self.prune.criterion)
+        measured = self.score.criteria
+        for criterion in (self.prune.criterion, *measured):
+            criterion_named(criterion)
+        if measured and self.prune.criterion not in (*measured, *FREE):
+            raise RecipeError(
+                f"score.criteria are {', '.join(measured)}: add {self.prune.criterion}, by which"
+                " prune.criterion chooses."
+            )
         for name, value in self._numbers():
             setting = name.rpartition(".")[2]
             if not (0 < value < math.inf or (value == 0 and setting in _MAY_BE_ZERO)):
                 least = "0 or more" if setting in _MAY_BE_ZERO else "more than 0"
                 raise RecipeError(f"{name} must be {least}, not {value}.")
-            if setting == "warmup" and value >= 1:
-                raise RecipeError(f"{name} must be a share of the steps, below 1, not {value}.")
+            if setting in ("warmup", "skew") and value >= 1:
+                raise RecipeError(f"{name} must be a share, below 1, not {value}.")
         if not self.measure.batch_sizes:
             raise RecipeError("measure.batch_sizes must hold one batch size at least.")
         if self.measure.lengths and task.reads != "text":

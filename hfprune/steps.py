@@ -39,7 +39,7 @@ from hfprune.publishing.page import write_page
 from hfprune.publishing.reload import WAYS, reload_and_compare
 from hfprune.publishing.report import CurvePoint, Judged, Report, Variant, weights_of
 from hfprune.publishing.units import Pruning
-from hfprune.recipe import Recipe
+from hfprune.recipe import FREE, Recipe
 from hfprune.recovery.compensation import compensate
 from hfprune.rounds import Round, budget_on_given, constraints_on_given, in_all
 from hfprune.structure.checkpoint import from_pretrained, remember_origin
@@ -333,16 +333,19 @@ class Steps:
         return model.eval()
 
     def make_scores(self, this: Round, path: Path) -> None:
-        """The importance of every unit by every criterion: all of them come from the one pass, so
-        a plan by another one needs no scoring again.
+        """The importance of every unit by the criteria: all of them come from the one pass, so a
+        plan by another one needs no scoring again.
         """
         model = self.model(this.given)
         torch.nn.Module.to(model, self.processes.device)
+        settings = self.recipe.score
         scores = score(
             model,
             self.calibration,
-            loss=self.recipe.score.loss,
-            seed=self.recipe.seed,
+            list(dict.fromkeys((*settings.criteria, *FREE))) if settings.criteria else None,
+            settings.loss,
+            self.recipe.seed,
+            settings.checkpointing,
         )
         if self.processes.main:
             scores.save(path)
@@ -547,7 +550,7 @@ class Steps:
             BudgetError: no structure meets one of its budgets.
         """
         table = self.table_of(self.rounds[0])
-        criteria = dict.fromkeys((self.recipe.prune.criterion, "magnitude", "random"))
+        criteria = dict.fromkeys((self.recipe.prune.criterion, *FREE))
         try:
             return [
                 plan(dense, scores, budget, criterion, self.constraints, latency=table)

@@ -128,6 +128,8 @@ class Training:
             logits_weight=settings.logits_weight,
             hidden_weight=settings.hidden_weight,
             temperature=settings.temperature,
+            divergence=settings.divergence,
+            skew=settings.skew,
         )
         make = partial(
             _DistillationTrainer,

@@ -156,6 +156,7 @@ def test_a_value_of_the_wrong_type_is_named(path, wrong, values, tmp_path):
         ("distill.temperature", 0),
         ("distill.hidden_weight", -1),
         ("distill.warmup", -0.1),
+        ("distill.skew", 1.0),
         ("measure.batch_sizes", [1, 0]),
         ("measure.repeats", 0),
         ("measure.threads", -1),
@@ -187,6 +188,16 @@ def test_budgets_and_criteria_are_checked(values, tmp_path):
         load(put(values, "prune.budget", "mac=50%"), tmp_path)
     with pytest.raises(HfpruneError, match=r"'fischer'\. Did you mean 'fisher'"):
         load(put(values, "prune.criterion", "fischer"), tmp_path)
+
+
+def test_the_criterion_that_chooses_is_measured(values, tmp_path):
+    values["score"], values["prune"] = {"criteria": ["fisher"]}, {"criterion": "taylor"}
+    with pytest.raises(RecipeError, match=r"score\.criteria are fisher: add taylor"):
+        load(values, tmp_path)
+    for criterion in ("fisher", "magnitude", "random"):
+        load(put(values, "prune.criterion", criterion), tmp_path)
+    with pytest.raises(HfpruneError, match=r"'fischer'\. Did you mean 'fisher'"):
+        load(put(values, "score.criteria", ["taylor", "fischer"]), tmp_path)
 
 
 def test_a_list_of_budgets_is_one_for_each_round(values, tmp_path):

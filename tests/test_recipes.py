@@ -14,6 +14,8 @@ import yaml
 from test_data import sentences, tiny_tokenizer
 
 import hfprune
+from hfprune.importance.criteria import CRITERIA
+from hfprune.importance.scoring import Scores
 from hfprune.pipeline import evaluation_batches
 from hfprune.planning.budget import Budget
 from hfprune.planning.plan import PruningPlan
@@ -159,6 +161,8 @@ def test_every_task_has_a_recipe_and_every_recipe_a_task():
 def test_a_dry_run(path, tmp_path):
     recipe = dry(path, tmp_path)
     hfprune.run(recipe, say=str, until="result")
+    measured = Scores.load(tmp_path / "run" / "scores").importance.keys()
+    assert measured == {*(recipe.score.criteria or CRITERIA), "magnitude", "random"}
     quality = TASKS[recipe.task].judge(check_result(recipe), evaluation_batches(recipe), 0)
     assert 0 < quality.examples <= SPLITS["test"] and quality.low <= quality.value <= quality.high
 
