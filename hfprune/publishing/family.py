@@ -193,7 +193,7 @@ def _table(run: Path, members: list[Member], places: Mapping[str, tuple[str, str
     columns = [
         i
         for i, name in enumerate(header)
-        if i and name.startswith((header[1], "vs dense", "parameters", "latency"))
+        if i and name.startswith((header[1], "vs dense [", "parameters", "latency"))
     ]
     lines = [["where", *(header[i] for i in columns)], ["---", *("---:" for _ in columns)]]
     lines.append(["dense", *(dense[i] for i in columns)])

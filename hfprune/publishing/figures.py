@@ -33,14 +33,13 @@ from hfprune.publishing.panels import (
     draw_qualities,
     draw_seconds,
     draw_units,
-    duration,
     one_by_one,
     scale_of,
     style,
     unit_of,
 )
-from hfprune.publishing.report import milliseconds
 from hfprune.publishing.units import MARKS, units_of
+from hfprune.publishing.wording import duration, milliseconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

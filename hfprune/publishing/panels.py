@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hfprune.publishing.units import MARKS
+from hfprune.publishing.wording import duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -287,17 +288,6 @@ def draw_seconds(axes: Axes, seconds: Mapping[str, float]) -> None:
     axes.set(xlim=(0, longest * 1.36), ylim=(len(seconds) - 0.4, -0.6), xlabel="seconds")
     axes.set_yticks(range(len(seconds)), list(seconds))
     axes.grid(visible=False, axis="y")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: "0.5 s", "43 s", "5 min 21 s"."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def scale_of(metric: str) -> float:

@@ -17,6 +17,16 @@ from hfprune.evaluation.measure import Measurement
 from hfprune.files import sha256_of
 from hfprune.importance.diagnosis import ALIKE
 from hfprune.publishing.units import Pruning
+from hfprune.publishing.wording import (
+    megabytes,
+    millijoules,
+    milliseconds,
+    points,
+    smaller,
+    to_dense,
+    verdict,
+    with_interval,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -228,20 +238,20 @@ class Report:
             rows.append(
                 [
                     v.name,
-                    _quality(v.quality),
-                    _difference(v.difference),
+                    with_interval(v.quality),
+                    to_dense(v.difference),
                     *(f"{value:.1%}" for value in v.quality.beside.values()),
                     *(
                         cell
                         for judged in v.also.values()
-                        for cell in (_quality(judged.quality), _difference(judged.difference))
+                        for cell in (with_interval(judged.quality), to_dense(judged.difference))
                     ),
                     f"{v.params / 1e6:.2f} M",
                     f"{v.macs / 1e6:,.0f} M",
-                    _bytes(v.measured.file_bytes),
+                    megabytes(v.measured.file_bytes),
                     *(milliseconds(v.measured.latency[size].median) for size in sizes),
-                    *([_joules(v.measured.energy_per_example)] if energy else []),
-                    _bytes(v.measured.peak_memory),
+                    *([millijoules(v.measured.energy_per_example)] if energy else []),
+                    megabytes(v.measured.peak_memory),
                 ]
             )
         return rows
@@ -301,20 +311,20 @@ class Report:
             ),
             Fact(
                 "Quality",
-                _points(result.difference),
-                _verdict(dense.quality, result.quality, result.difference),
+                points(result.difference),
+                verdict(dense.quality, result.quality, result.difference),
             ),
             *(
                 Fact(
                     f"Quality on {name}",
-                    _points(judged.difference),
-                    _verdict(dense.also[name].quality, judged.quality, judged.difference),
+                    points(judged.difference),
+                    verdict(dense.also[name].quality, judged.quality, judged.difference),
                 )
                 for name, judged in result.also.items()
                 if judged.difference is not None
             ),
             *self._speed(),
-            Fact("Size", *_smaller(dense.measured, result.measured)),
+            Fact("Size", *smaller(dense.measured, result.measured)),
         ]
 
     def caveats(self) -> list[str]:
@@ -395,60 +405,3 @@ class Report:
 def weights_of(folder: str | os.PathLike[str]) -> dict[str, str]:
     """{file: sha256} of a saved model's weights."""
     return {path.name: sha256_of(path) for path in sorted(Path(folder).glob("*.safetensors"))}
-
-
-def milliseconds(seconds: float) -> str:
-    """Seconds as "12.3 ms"."""
-    return f"{seconds * 1e3:,.1f} ms"
-
-
-def _verdict(dense: Quality, result: Quality, difference: Difference) -> str:
-    metric = difference.metric
-    if difference.low <= 0 <= difference.high:
-        found = f"No difference in {metric} can be shown on {difference.examples:,} examples"
-    else:
-        rises = difference.value > 0
-        better = rises != (metric == "perplexity")
-        found = f"The {metric} is {'better' if better else 'worse'} than the dense model's"
-    return f"{found}: {_quality(result)}, dense {_quality(dense)}."
-
-
-def _quality(quality: Quality) -> str:
-    if quality.metric == "perplexity":
-        return f"{quality.value:.2f} [{quality.low:.2f}, {quality.high:.2f}]"
-    return f"{quality.value:.1%} [{quality.low:.1%}, {quality.high:.1%}]"
-
-
-def _difference(difference: Difference | None) -> str:
-    if difference is None:
-        return ""
-    scale = 1 if difference.metric == "perplexity" else 100
-    value, low, high = (scale * x for x in (difference.value, difference.low, difference.high))
-    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
-
-
-def _points(difference: Difference) -> str:
-    unit = "" if difference.metric == "perplexity" else " points"
-    scale = 1 if difference.metric == "perplexity" else 100
-    return f"{scale * difference.value:+.1f}{unit} of {difference.metric}"
-
-
-def _smaller(before: Measurement, after: Measurement) -> tuple[str, str]:
-    """How much smaller the file is, and the memory beside it."""
-    if not before.file_bytes or not after.file_bytes:
-        return "not measured", "The models were not saved."
-    note = f"{_bytes(after.file_bytes)}, dense {_bytes(before.file_bytes)}."
-    if before.peak_memory and after.peak_memory:
-        note += (
-            f" Peak memory {_bytes(after.peak_memory)}, dense {_bytes(before.peak_memory)}, to load"
-            " and run the largest batch."
-        )
-    return f"{1 - after.file_bytes / before.file_bytes:.0%} smaller on disk", note
-
-
-def _bytes(count: int | None) -> str:
-    return "not measured" if count is None else f"{count / 1e6:,.1f} MB"
-
-
-def _joules(joules: float | None) -> str:
-    return "not measured" if joules is None else f"{joules * 1e3:,.1f} mJ"

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from reports import make, plan_of, scores_of
 
 from hfprune.publishing.figures import THEME, draw_curve, draw_kept, kept_as_text, pictures
-from hfprune.publishing.panels import GONE, KEPT, draw_importance, draw_points, duration
+from hfprune.publishing.panels import GONE, KEPT, draw_importance, draw_points
 from hfprune.publishing.report import CurvePoint
 from hfprune.publishing.units import Pruning, Units
+from hfprune.publishing.wording import duration
 
 SVG = "{http://www.w3.org/2000/svg}"
 
