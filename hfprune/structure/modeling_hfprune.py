@@ -479,8 +479,9 @@ def probe(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
     if model.main_input_name == "input_features" and hasattr(config, "max_source_positions"):
         inputs["input_features"] = noise((2, config.num_mel_bins, 2 * config.max_source_positions))
     if model.main_input_name == "pixel_values" or images is not config:
-        if type(size) is int:
-            inputs["pixel_values"] = noise((2, channels, size, size))
+        size = (size, size) if type(size) is int else size
+        if isinstance(size, list | tuple):
+            inputs["pixel_values"] = noise((2, channels, *size))
         elif type(patches) is int:  # siglip2 reads patches, and how many lie in each direction
             inputs["pixel_values"] = noise((2, patches, channels * images.patch_size**2))
             inputs["pixel_attention_mask"] = torch.ones(2, patches, dtype=torch.long)

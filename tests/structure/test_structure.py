@@ -511,6 +511,7 @@ def test_the_table_of_a_model_lists_its_experts():
         ("gemma3", "input_ids, pixel_values"),
         ("llava", "input_ids, pixel_values"),
         ("idefics3", "input_ids, pixel_values"),
+        ("internvl", "input_ids, pixel_values"),
         ("mistral3", "input_ids, pixel_values, image_sizes"),
         ("qwen2_vl", "input_ids, pixel_values, image_grid_thw, mm_token_type_ids"),
         ("llava_next", "input_ids"),
