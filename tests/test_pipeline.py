@@ -352,6 +352,17 @@ def test_an_impossible_budget_leaves_what_was_finished(copied):
     assert {"dense", "scores"} <= set(done_before(said))
 
 
+def test_a_folder_of_data_is_known_by_its_files(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "1.png").write_bytes(b"one")
+    first = pipeline._digest(tmp_path)
+    assert pipeline._digest(tmp_path) == first
+    (tmp_path / "cat" / "1.png").write_bytes(b"two")
+    second = pipeline._digest(tmp_path)
+    (tmp_path / "cat").rename(tmp_path / "dog")
+    assert len({first, second, pipeline._digest(tmp_path)}) == 3
+
+
 def test_a_curve_that_no_plan_can_meet_is_seen_before_anything_is_removed(copied):
     impossible = changed(copied, "measure", curve=("macs=50%", "macs=1%"))
     impossible = changed(impossible, "prune", budget="macs=60%")
