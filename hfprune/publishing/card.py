@@ -31,6 +31,10 @@ RELATION = "finetune"
 TAGS = ("hfprune", "pruned", "structured-pruning")
 _OF_BASE = ("base_model", "base_model_relation")
 _ALWAYS_ANEW = ("library_name", "pipeline_tag", "model-index")
+_PROCESSORS = (
+    ("tokenizer_config.json", "tokenizer", "AutoTokenizer"),
+    ("preprocessor_config.json", "image processor", "AutoImageProcessor"),
+)
 _OUR_COUNT = "hfprune"  # how the source of emissions begins that hfprune counted
 _TASKS = {
     "ForSequenceClassification": "text-classification",
@@ -216,7 +220,7 @@ def _page(parcel: Parcel, repo_id: str, revision: str | None, family: str) -> st
         stock=parcel.is_stock,
         shim=SHIM,
         auto_class=_auto_class(parcel),
-        has_tokenizer="tokenizer_config.json" in parcel.files,
+        processors=[p for file, *p in _PROCESSORS if file in parcel.files],
         made=_made(parcel),
         lineage=parcel.config[KEY].get("lineage", []),
         limits=_limits(parcel),

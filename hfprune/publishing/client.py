@@ -78,8 +78,8 @@ class Client:
 
         validate_repo_id(repo_id)
         account = self._account
-        role = account.get("auth", {}).get("accessToken", {}).get("role")
-        if role == "read":
+        token = account.get("auth", {}).get("accessToken", {})
+        if token.get("role") == "read":
             raise PublishError(
                 f"The token of {account['name']} may only read. Make one that may write at"
                 " https://huggingface.co/settings/tokens."
@@ -94,6 +94,8 @@ class Client:
                 f"{account['name']} may not write to {owner}/{name}; the token may write below:"
                 f" {may}. Choose one of these, or propose it with a pull request."
             )
+        if not create_pr and token.get("role") == "fineGrained":
+            _refuse_narrow(token, owner, name)
         return f"{owner}/{name}"
 
     @cached_property
@@ -246,6 +248,17 @@ class Client:
         for model in models:
             self.api.add_collection_item(made.slug, model, "model", exists_ok=True)
         return made.url
+
+
+def _refuse_narrow(token: Mapping[str, Any], owner: str, name: str) -> None:
+    """Refuse a fine-grained token whose scopes leave out writing to a repository."""
+    scopes = token.get("fineGrained", {}).get("scoped", [])
+    writable = {s["entity"].get("name") for s in scopes if "repo.write" in s["permissions"]}
+    if not writable & {owner, f"{owner}/{name}"}:
+        raise PublishError(
+            f"The token is fine-grained and may not write to {owner}/{name}. Let it write to the"
+            f" repositories of {owner} at https://huggingface.co/settings/tokens."
+        )
 
 
 def _unread(base: str, error: Exception) -> str:

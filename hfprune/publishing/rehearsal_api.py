@@ -42,7 +42,13 @@ def _whoami(request: Request) -> Answer:
         {"type": "org", "name": name, "roleInOrg": role}
         for name, role in user.organisations.items()
     ]
-    token = {"displayName": "a token", "role": user.role}
+    token: dict[str, Any] = {"displayName": "a token", "role": user.role}
+    if user.role == "fineGrained":
+        scoped = [
+            {"entity": {"type": "user", "name": owner}, "permissions": permissions}
+            for owner, permissions in user.scopes.items()
+        ]
+        token["fineGrained"] = {"global": [], "scoped": scoped}
     return Answer(
         {
             "type": "user",

@@ -86,13 +86,15 @@ class User:
 
     Attributes:
         name: of the user.
-        role: of the token: "write" or "read".
+        role: of the token: "write", "read" or "fineGrained".
         organisations: {name: role in it: "write" or "read"}.
+        scopes: {owner: what a fine-grained token may do there}.
     """
 
     name: str
     role: str = "write"
     organisations: dict[str, str] = field(default_factory=dict)
+    scopes: dict[str, list[str]] = field(default_factory=dict)
 
     def sees(self, owner: str) -> bool:
         """Whether the token may see what an owner keeps private."""
@@ -101,7 +103,7 @@ class User:
     def may_write(self, owner: str) -> bool:
         """Whether the token may change what an owner has."""
         mine = owner == self.name or self.organisations.get(owner) == "write"
-        return self.role == "write" and mine
+        return mine and (self.role == "write" or "repo.write" in self.scopes.get(owner, []))
 
 
 @dataclass

@@ -27,6 +27,7 @@ from hfprune.publishing.hub import publish
 from hfprune.publishing.parcel import RECORD
 from hfprune.publishing.rehearsal_store import User
 from hfprune.recipe import Data, Recipe
+from hfprune.steps import steps_done
 
 MODEL_FILES = {
     "README.md",
@@ -108,6 +109,29 @@ def test_a_model_in_memory_arrives(hub, tmp_path):
         assert again.state_dict()[name].equal(tensor)
     with pytest.raises(PublishError, match="own tokenizer"):
         quietly(tmp_path, processor=tiny_tokenizer())
+
+
+def test_a_language_model_arrives_with_what_it_generates_by(hub):
+    import tiny
+
+    dense = tiny.model("llama")
+    dense.generation_config.max_new_tokens = 7
+    quietly(hfprune.remove(dense, saved.plan_of(dense)))
+    found = files(hub)
+    assert json.loads(found["generation_config.json"])["max_new_tokens"] == 7
+    assert hfprune.from_pretrained("me/model").generation_config.max_new_tokens == 7
+
+
+def test_an_image_model_arrives_with_its_processor(hub):
+    import tiny
+    from transformers import AutoImageProcessor, ViTImageProcessor
+
+    dense = tiny.model("vit")
+    quietly(hfprune.remove(dense, saved.plan_of(dense)), processor=ViTImageProcessor(size=24))
+    assert AutoImageProcessor.from_pretrained("me/model").size["height"] == 24
+    card = files(hub)["README.md"].decode()
+    assert 'AutoImageProcessor.from_pretrained("me/model")' in card
+    assert "tokenizer" not in card
 
 
 def test_a_name_alone_is_under_the_user(hub, model):
@@ -199,6 +223,8 @@ def test_commits_of_others_are_not_overwritten(hub, model, second):
         ("other/model", User("me"), "may not write to other/model.* me"),
         ("org/model", User("me", "write", {"org": "read"}), "may not write to org/model"),
         ("me/model", User("me", "read"), "may only read"),
+        ("me/model", User("me", "fineGrained", {}, {"me": ["repo.content.read"]}), "fine-grained"),
+        ("me/model", User("me", "fineGrained", {}, {"org": ["repo.write"]}), "fine-grained"),
         ("me/mod el", User("me"), "Repo id must use alphanumeric"),
     ],
 )
@@ -207,6 +233,12 @@ def test_a_token_must_be_allowed_to_write(hub, model, repo, user, message):
     with pytest.raises(PublishError, match=message):
         quietly(model, repo)
     assert untouched(hub)
+
+
+def test_a_token_for_one_owner_is_enough(hub, model):
+    (token,) = hub.users
+    hub.users[token] = User("me", "fineGrained", {}, {"me": ["repo.content.read", "repo.write"]})
+    assert quietly(model).commit == hub.repos["me/model"].refs["refs/heads/main"]
 
 
 def test_without_a_token_or_a_network_it_says_so(hub, model, monkeypatch):
@@ -515,13 +547,25 @@ def test_the_card_of_a_stock_push_is_kept_as_a_persons(hub, model):
     assert b"# By hand" in files(hub)["README.md"]
 
 
-# Where the dense model came from.
+# Where the dense model and the data came from.
 
 
-def test_a_run_remembers_which_commit_its_model_is(hub, tmp_path):
+@pytest.fixture
+def datasets_of(hub, tmp_path, monkeypatch):
+    """The data sets' client talks to the Hub of the test, too."""
+    from datasets import config
+
+    monkeypatch.setattr(config, "HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "data")
+
+
+def test_a_run_remembers_which_commits_its_model_and_data_are(hub, tmp_path, datasets_of):
     import tiny
 
-    files = write(tmp_path, train=sentences(8), dev=sentences(4, 1), test=sentences(4, 2))
+    write(tmp_path, train=sentences(8), dev=sentences(4, 1), test=sentences(4, 2))
+    hub.create("me/movies")
+    data = hub.put("me/movies", {p.name: p.read_bytes() for p in tmp_path.glob("*.jsonl")})
     tiny.model("bert", "AutoModelForSequenceClassification").save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
     hub.create("me/dense")
@@ -531,11 +575,12 @@ def test_a_run_remembers_which_commit_its_model_is(hub, tmp_path):
         {
             "model": "me/dense",
             "output": str(tmp_path / "run"),
-            "data": {split: getattr(files, split) for split in ("train", "dev", "test")},
+            "data": {"dataset": "me/movies", "train": "train", "dev": "validation", "test": "test"},
             "measure": {"batch_sizes": [1]},
         }
     )
     hfprune.run(recipe, say=lambda line: None, until="dense")
+    assert steps_done(tmp_path / "run")["dense"]["commits"] == {"model": commit, "data": data}
     hub.put("me/dense", {"README.md": b"# Another commit\n"})
     dense = hfprune.from_pretrained(tmp_path / "run" / "dense")
     again = hfprune.from_pretrained("me/dense", revision=commit)
@@ -544,12 +589,7 @@ def test_a_run_remembers_which_commit_its_model_is(hub, tmp_path):
         assert pruned.config.hfprune["base"] == {"id": "me/dense", "revision": commit}
 
 
-def test_a_data_set_is_read_at_its_revision(hub, tmp_path, monkeypatch):
-    from datasets import config
-
-    monkeypatch.setattr(config, "HF_ENDPOINT", hub.endpoint)
-    monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "data")
+def test_a_data_set_is_read_at_its_revision(hub, datasets_of):
     hub.create("me/movies")
 
     def put(text):
