@@ -290,7 +290,7 @@ def _check_plain(model: PreTrainedModel) -> None:
         )
         raise UnsupportedModelError(f"A {name} is not a transformers model; {hint}.")
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None or any(map(_is_quantized, model.modules())):
+    if quantizer is not None or any(map(_is_quantized, model.parameters())):
         raise UnsupportedModelError(
             f"This {name} is quantized: its weights cannot be cut. Load it unquantized, prune, "
             "then quantize."
@@ -313,12 +313,9 @@ def _check_plain(model: PreTrainedModel) -> None:
         )
 
 
-def _is_quantized(module: nn.Module) -> bool:
-    """Whether a module's weight is packed: in less than 16 bits, or in a tensor of another kind."""
-    weight = getattr(module, "weight", None)
-    if weight is None or (isinstance(weight, torch.Tensor) and is_sharded(weight)):
-        return False
-    plain = isinstance(weight, torch.Tensor) and type(weight.data) is torch.Tensor
+def _is_quantized(weight: nn.Parameter) -> bool:
+    """Whether a weight is packed: in less than 16 bits, or in a tensor of another kind."""
+    plain = type(weight.data) is torch.Tensor or is_sharded(weight)
     return not plain or weight.element_size() < 2
 
 
