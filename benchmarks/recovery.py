@@ -89,6 +89,7 @@ class Bench:
         self.steps = Steps(seed.recipe, print, Processes())
         settings = json.dumps(dataclasses.asdict(self.settings), sort_keys=True)
         self.folder = RUNS / hashlib.sha256(settings.encode()).hexdigest()[:8]
+        self.minutes, self.checkpoints = 0.0, self.folder  # of the way that is being measured
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / "settings.json", settings + "\n")
 
@@ -121,12 +122,10 @@ class Bench:
         """Length of the example whose MACs are counted."""
         return round(self.seed.scores.tokens)
 
-    def planned(self, budget: float, criterion: str) -> hfprune.PruningPlan:
-        return hfprune.plan(self.seed.dense, self.seed.scores, f"macs={budget}", criterion)
-
     def compensated(self, budget: float, criterion: str = "") -> PreTrainedModel:
         """The pruned model without training, by the recipe's criterion if none is given."""
-        plan = self.planned(budget, criterion or self.seed.recipe.prune.criterion)
+        criterion = criterion or self.seed.recipe.prune.criterion
+        plan = hfprune.plan(self.seed.dense, self.seed.scores, f"macs={budget}", criterion)
         return hfprune.remove(self.seed.dense, plan, compensate=self.seed.calibration)
 
     def distilled(
