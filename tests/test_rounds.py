@@ -151,3 +151,12 @@ def test_a_report_of_rounds_has_a_row_for_each(tmp_path):
     for variant, point in zip(report.variants, report.curve, strict=True):
         assert point.mean == variant.quality.value
     assert json.loads(at(recipe, "reloaded.json").read_text())["model"] == ROUNDS[-1]
+    # The rounds are a family of sizes to publish, each with the report until there.
+    sizes = {"macs-80": ROUNDS[0], "macs-60": ROUNDS[1], "main": ROUNDS[1]}
+    done = hfprune.publish_family(at(recipe), "me/sizes", dry_run=tmp_path / "dry", say=str)
+    assert done.keys() == sizes.keys()
+    for size, name in sizes.items():
+        said = json.loads((tmp_path / "dry" / size / "report.json").read_text())
+        assert [v["name"] for v in said["variants"]] == ["dense", *ROUNDS][: 2 + ROUNDS.index(name)]
+        model = hfprune.from_pretrained(tmp_path / "dry" / size)
+        assert model.num_parameters() == said["variants"][-1]["params"]

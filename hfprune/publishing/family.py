@@ -14,11 +14,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Literal, get_args
 
 import yaml
 
-from hfprune.errors import PublishError
+from hfprune.errors import PublishError, unknown
 from hfprune.importance.scoring import Scores
 from hfprune.planning.budget import Budget
 from hfprune.planning.plan import PruningPlan
@@ -81,6 +81,8 @@ def publish_family(
     Raises:
         PublishError, HfpruneError: as by `publish`; or the run has one size only.
     """
+    if kind not in get_args(Kind):
+        raise PublishError(unknown("kind of family", kind, get_args(Kind)))
     folder, terms = Path(run), Terms(private, False, token, None, license, verify, say)
     members = members_of(folder)
     places = {member.size: (f"{repo_id}-{member.size}", MAIN) for member in members}
@@ -149,11 +151,11 @@ def _budgets_of(run: Path) -> list[str]:
 @contextmanager
 def _packed(run: Path, name: str) -> Iterator[Parcel]:
     """The parcel of one size, with a report that ends with it."""
-    model = run / name
-    if name == result_of(run):
+    model, report = run / name, _report_of_run(run)
+    if name == report.result.name:
         yield parcel_of(model, model.parent, run)
         return
-    report = _report_until(run, name)
+    report = _report_until(report, name, run)
     with TemporaryDirectory(prefix="hfprune-family-") as temporary:
         papers = Path(temporary)
         for paper in ("recipe.yaml", "steps.json"):
@@ -166,9 +168,8 @@ def _packed(run: Path, name: str) -> Iterator[Parcel]:
         yield parcel_of(model, model.parent, papers)
 
 
-def _report_until(run: Path, name: str) -> Report:
-    """The run's report, as far as this size; what came later was not needed for it."""
-    report = _report_of_run(run)
+def _report_until(report: Report, name: str, run: Path) -> Report:
+    """A run's report, as far as this size; what came later was not needed for it."""
     names = [variant.name for variant in report.variants]
     until = names.index(name) + 1
     plan = PruningPlan.load((run / name).parent / "plan.json")
