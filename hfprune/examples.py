@@ -123,9 +123,8 @@ def answered(splits: Splits, tokenizer: PreTrainedTokenizerBase, data: Data) -> 
     window does not hold it. What is needed to judge an answer is kept beside: the question's
     number, the context, the answers, and where in the context each token stands.
     """
-    if data.text_pair is None:
-        raise DataError("data.text_pair is missing: name the column with the questions' contexts.")
     context = data.text_pair
+    assert context is not None  # the task needs it
     _check_columns(splits, data.text, context, data.label)
     _check_is_fast(tokenizer)
     for split, dataset in splits.items():

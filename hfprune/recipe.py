@@ -307,6 +307,9 @@ class Recipe:
                 raise RecipeError(f"{name} must be a share, below 1, not {value}.")
         if not self.measure.batch_sizes:
             raise RecipeError("measure.batch_sizes must hold one batch size at least.")
+        for setting in task.needs:
+            if getattr(self.data, setting) is None:
+                raise RecipeError(f"data.{setting} is missing: every {self.task} needs it.")
         if self.measure.lengths and task.reads != "text":
             raise RecipeError(f"measure.lengths are of texts, and {self.task} reads {task.reads}.")
         if not self.data.dataset:

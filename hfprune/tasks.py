@@ -45,6 +45,7 @@ class Task:
         metric: computes it of a Trainer's predictions.
         classes: the labels are classes, and the head has an output for each.
         reads: "text" or "images".
+        needs: settings of the recipe's data that other tasks do without.
     """
 
     auto_class: str
@@ -55,6 +56,7 @@ class Task:
     metric: Callable[[Any], float] | None = None
     classes: bool = False
     reads: str = "text"
+    needs: tuple[str, ...] = ()
 
     def load_processor(self, model: str, **options: Any) -> Processor:
         """The tokenizer, which pads, or the image processor of a model."""
@@ -206,6 +208,7 @@ TASKS: dict[str, Task] = {
         _answers,
         "exact_match",
         _right_places,
+        needs=("text_pair",),
     ),
     "text-generation": Task("AutoModelForCausalLM", examples.blocks, _padded, _perplexity),
     "summarization": _WRITING,

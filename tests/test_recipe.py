@@ -248,6 +248,12 @@ def test_lengths_are_of_texts(values, tmp_path):
         load(values, tmp_path)
 
 
+def test_questions_need_contexts(values, tmp_path):
+    values["task"] = "question-answering"
+    with pytest.raises(RecipeError, match=r"data\.text_pair is missing: every question-answering"):
+        load(values, tmp_path)
+
+
 def test_an_unknown_task_names_the_nearest(values, tmp_path):
     with pytest.raises(RecipeError, match=r"task 'token-clasification'\. Did you mean 'token-cl"):
         load(put(values, "task", "token-clasification"), tmp_path)
