@@ -3,24 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hfprune.errors import UnsupportedModelError
-from hfprune.structure.architectures import Attention, Ffn, Row, Stack, row_of
+from hfprune.structure.architectures import Attention, Stack, row_of
+from hfprune.structure.fitness import check_plain, check_variant, check_whole, is_offloaded
+from hfprune.structure.slices import (
+    Slice,
+    axis_of,
+    config_of,
+    ffn_in,
+    ffn_of,
+    head_slices,
+    inputs_of,
+    layer_of,
+    moe_of,
+    neuron_slices,
+    present,
+    routing_of,
+    size_of,
+    slices,
+)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
+
+# The other floors find here what they ask of a model.
+__all__ = [
+    "Anatomy",
+    "Block",
+    "Group",
+    "axis_of",
+    "check_whole",
+    "is_offloaded",
+    "layer_of",
+    "moe_of",
+    "routing_of",
+    "slices",
+]
 
 Kind = Literal["head", "neuron"]
 
@@ -180,9 +207,9 @@ class Anatomy:
             UnsupportedModelError: the family has no row, or the model is not a plain, loaded
                 transformers model.
         """
-        _check_plain(model)
+        check_plain(model)
         row = row_of(model.config.model_type)
-        _check_variant(model, row)
+        check_variant(model, row)
         groups: list[Group] = []
         blocks: list[Block] = []
         total = sum(p.numel() for p in model.parameters())
@@ -266,334 +293,10 @@ def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
-def stack_of(model: PreTrainedModel, group: Group) -> Stack:
-    """The row's stack that a group of this model belongs to."""
-    return row_of(model.config.model_type).stacks[group.stack]
-
-
-def _check_plain(model: PreTrainedModel) -> None:
-    """Refuse, before any change, a model whose tensors are not all there and its own.
-
-    Raises:
-        UnsupportedModelError: says what is in the way and what to do.
-    """
-    from transformers import PreTrainedModel
-
-    name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        inside = (getattr(model, name, None) for name in ("module", "_orig_mod", "base_model"))
-        wrapped = next((module for module in inside if module is not None), None)
-        hint = (
-            f"it wraps a {type(wrapped).__name__}: give the model inside (merged, if it is PEFT's)"
-            if wrapped is not None
-            else "load one with AutoModel...from_pretrained"
-        )
-        raise UnsupportedModelError(f"A {name} is not a transformers model; {hint}.")
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None or any(map(_is_quantized, model.parameters())):
-        raise UnsupportedModelError(
-            f"This {name} is quantized: its weights cannot be cut. Load it unquantized, prune, "
-            "then quantize."
-        )
-    modules = list(model.modules())
-    if getattr(model, "_hf_peft_config_loaded", False) or any(
-        type(m).__module__.startswith("peft.") for m in modules
-    ):
-        raise UnsupportedModelError(
-            f"This {name} has PEFT adapters inside: merge them (merge_and_unload), then prune."
-        )
-    if any("FullyShardedDataParallel" in type(m).__name__ for m in modules):
-        raise UnsupportedModelError(
-            f"This {name} is flattened by FSDP 1: prune the whole model first, then wrap it."
-        )
-    if any(p.is_meta for m in modules if not is_offloaded(m) for p in m.parameters(recurse=False)):
-        raise UnsupportedModelError(
-            f"This {name} has parameters on the meta device, without values: load its weights, "
-            "then prune."
-        )
-
-
-def _is_quantized(weight: nn.Parameter) -> bool:
-    """Whether a weight is packed: in less than 16 bits, or in a tensor of another kind."""
-    plain = type(weight.data) is torch.Tensor or is_sharded(weight)
-    return not plain or weight.element_size() < 2
-
-
-def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether FSDP keeps parts of a tensor in other processes."""
-    return type(tensor).__name__ == "DTensor"
-
-
-def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate keeps a module's weights elsewhere and brings them when it is called."""
-    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
-
-
-def check_whole(model: PreTrainedModel) -> None:
-    """Refuse to cut a model whose weights are not all in the memory of this process.
-
-    Raises:
-        UnsupportedModelError: it is sharded or offloaded; it can be scored and planned for.
-    """
-    sharded = any(map(is_sharded, model.parameters()))
-    if sharded or any(map(is_offloaded, model.modules())):
-        raise UnsupportedModelError(
-            f"This {type(model).__name__} is {'sharded by FSDP' if sharded else 'offloaded'}: it "
-            "can be scored and planned for, but not cut; cut one that is loaded whole."
-        )
-
-
-def _check_variant(model: PreTrainedModel, row: Row) -> None:
-    """Refuse a variant of the family that its row does not describe.
-
-    Raises:
-        UnsupportedModelError: names the flag, the module or the tensors.
-    """
-    name = type(model).__name__
-    for flag in row.unless:
-        name_of, unset = flag.removeprefix("!"), flag.startswith("!")
-        if bool(getattr(model.config, name_of, None)) != unset:
-            raise UnsupportedModelError(
-                f"This {name} has {name_of} {'unset' if unset else 'set'}; the row for "
-                f"{row.model_type!r} does not cover that."
-            )
-    names: dict[int, list[str]] = {}
-    for path, parameter in model.base_model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(path)
-    for stack in row.stacks:
-        shared = [
-            paths
-            for paths in names.values()
-            if len(paths) > 1 and any(path.startswith(f"{stack.layers}.") for path in paths)
-        ]
-        if shared:
-            raise UnsupportedModelError(
-                f"This {name} shares one tensor between {' and '.join(shared[0])}; cutting one "
-                "would cut the other."
-            )
-        try:
-            layers = model.base_model.get_submodule(stack.layers)
-            for layer in layers.children():
-                for attention in stack.attentions:
-                    layer.get_submodule(attention.o)
-                if stack.ffn is not None and stack.moe is None:
-                    layer.get_submodule(stack.ffn.down)
-        except AttributeError as error:
-            raise UnsupportedModelError(
-                f"This {name} is not built as the row for {row.model_type!r} says: {error}."
-            ) from error
-
-
-@dataclass(frozen=True)
-class Slice:
-    """The part of one module's tensors that the units of a group own.
-
-    Attributes:
-        module: a Linear, Conv1D, norm or Embedding; of a parameter per head, the attention itself.
-        dim: 0 where the units are outputs (rows of weight and bias), 1 where they are inputs
-            (columns).
-        rows: (units, rows per unit) indices along `dim`; KV groups instead of units if `per_kv`.
-        per_kv: the rows belong to the KV groups.
-        per_token: its inputs are the tokens, as against the embeddings of relative positions.
-        name: of the module's parameter.
-    """
-
-    module: nn.Module
-    dim: int
-    rows: torch.Tensor
-    per_kv: bool = False
-    per_token: bool = True
-    name: str = "weight"
-
-    @property
-    def parameter(self) -> torch.Tensor:
-        """The tensor that the rows index."""
-        found: torch.Tensor = getattr(self.module, self.name)
-        return found
-
-    @property
-    def axis(self) -> int:
-        """Axis of the tensor that the rows index."""
-        return axis_of(self.module, self.dim) if self.name == "weight" else 0
-
-    @property
-    def weights(self) -> int:
-        """Scalars of matrices, per unit: what costs MACs."""
-        if not isinstance(self.module, nn.Linear | Conv1D):
-            return 0
-        return self._share(self.module.weight)
-
-    @property
-    def params(self) -> int:
-        """All scalars, per unit."""
-        bias = getattr(self.module, "bias", None) if self.name == "weight" else None
-        owned = self._share(self.parameter)
-        return owned + (self.rows.shape[1] if bias is not None and self.dim == 0 else 0)
-
-    def _share(self, weight: torch.Tensor) -> int:
-        others = [n for axis, n in enumerate(weight.shape) if axis != self.axis]
-        return math.prod(others) * self.rows.shape[1]
-
-
-def axis_of(module: nn.Module, dim: int) -> int:
-    """Axis of `module.weight` that holds outputs (dim 0) or inputs (dim 1)."""
-    if module.weight.dim() == 1:  # type: ignore[operator]
-        return 0
-    return 1 - dim if isinstance(module, Conv1D) else dim  # Conv1D stores (in, out)
-
-
-def inputs_of(outlet: nn.Module) -> int:
-    """Number of input columns of an outlet."""
-    return _size(outlet, 1)
-
-
-def _size(module: nn.Module, dim: int) -> int:
-    """Number of outputs (dim 0) or inputs (dim 1) of a module."""
-    return int(_weight(module).shape[axis_of(module, dim)])
-
-
-def _weight(module: nn.Module) -> torch.Tensor:
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor), f"a {type(module).__name__} has no weight"
-    return weight
-
-
-def slices(model: PreTrainedModel, group: Group) -> list[Slice]:
-    """The slices of weights that the units of a group own, the outlet's columns first."""
-    return [piece for piece in owned_slices(model, group) if piece.name == "weight"]
-
-
-def owned_slices(model: PreTrainedModel, group: Group) -> list[Slice]:
-    """Every tensor slice that the units of a group own, the outlet's columns first."""
-    stack = stack_of(model, group)
-    layer = layer_of(model, group)
-    if group.kind == "neuron":
-        return _neuron_slices(layer, ffn_of(layer, stack))
-    return _head_slices(layer, stack.attentions[group.part])
-
-
-def config_of(model: PreTrainedModel, stack: Stack) -> PreTrainedConfig:
-    """The part of a model's config that describes a stack."""
-    *path, _ = stack.depth.split(".")
-    return functools.reduce(getattr, path, model.config)
-
-
-def layer_of(model: PreTrainedModel, group: Group) -> nn.Module:
-    """The layer that a group lies in."""
-    return model.base_model.get_submodule(f"{stack_of(model, group).layers}.{group.layer}")
-
-
-def moe_of(model: PreTrainedModel, block: Block) -> tuple[nn.Module, nn.Module]:
-    """The router and the experts of one layer."""
-    stack = row_of(model.config.model_type).stacks[block.stack]
-    assert stack.moe is not None, "only a stack with experts has such a block"
-    layer = model.base_model.get_submodule(f"{stack.layers}.{block.layer}")
-    return layer.get_submodule(stack.moe.router), layer.get_submodule(stack.moe.experts)
-
-
-def routing_of(model: PreTrainedModel, block: Block) -> list[tuple[nn.Module, str, int]]:
-    """The tensors that choose a layer's experts: (module, name, axis of the experts)."""
-    stack = row_of(model.config.model_type).stacks[block.stack]
-    assert stack.moe is not None, "only a stack with experts has such a block"
-    router = moe_of(model, block)[0]
-    found = [(router, name, 0) for name, _ in router.named_parameters(recurse=False)]
-    if stack.moe.correction:
-        path, _, name = stack.moe.correction.rpartition(".")
-        layer = model.base_model.get_submodule(f"{stack.layers}.{block.layer}")
-        found.append((layer.get_submodule(path), name, -1))
-    return found
-
-
-def _head_slices(layer: nn.Module, row: Attention) -> list[Slice]:
-    outlet = layer.get_submodule(row.o)
-    dim = int(getattr(layer.get_submodule(row.at), row.dim))
-    heads = inputs_of(outlet) // dim
-    found = [Slice(outlet, 1, _blocks(heads, dim))]
-    if not heads:
-        return found
-    q = layer.get_submodule(row.q)
-    outputs = _size(q, 0) // dim
-    if row.layout == "split":
-        k, v = layer.get_submodule(row.k), layer.get_submodule(row.v)
-        kv = _size(k, 0) // dim
-        found += [
-            Slice(q, 0, _blocks(heads, dim)),
-            Slice(k, 0, _blocks(kv, dim), per_kv=True),
-            Slice(v, 0, _blocks(kv, dim), per_kv=True),
-        ]
-    else:
-        kv = (outputs - heads) // 2
-        found += _fused_slices(q, row.layout, heads, kv, dim)
-    found += [
-        Slice(module, 0, _blocks(heads, dim), per_token=not row.positions)
-        for module in present(layer, row.follow)
-    ]
-    at = layer.get_submodule(row.at)
-    found += [
-        Slice(at, 0, _blocks(heads, 1), name=name)
-        for name in row.own
-        if getattr(at, name, None) is not None
-    ]
-    found += [Slice(module, 1, _blocks(heads, 1)) for module in present(layer, (row.bias,))]
-    return found
-
-
-def _fused_slices(qkv: nn.Module, layout: str, heads: int, kv: int, dim: int) -> list[Slice]:
-    """Where query, key and value rows lie in one matrix."""
-    if layout == "concat":
-        q, k, v = (
-            _blocks(heads, dim),
-            _blocks(kv, dim, offset=heads * dim),
-            _blocks(kv, dim, offset=(heads + kv) * dim),
-        )
-    else:  # "per_head" is "per_group" with one query head per group
-        queries = heads // kv
-        block = (queries + 2) * dim
-        starts = torch.arange(kv)[:, None] * block
-        q = (starts[:, :, None] + _blocks(queries, dim)[None]).reshape(heads, dim)
-        k = starts + queries * dim + torch.arange(dim)
-        v = k + dim
-    return [Slice(qkv, 0, q), Slice(qkv, 0, k, per_kv=True), Slice(qkv, 0, v, per_kv=True)]
-
-
-def _neuron_slices(layer: nn.Module, row: Ffn) -> list[Slice]:
-    outlet = layer.get_submodule(row.down)
-    neurons = inputs_of(outlet)
-    rows = _blocks(neurons, 1)
-    if row.fused:
-        rows = torch.cat([rows, rows + neurons], dim=1)
-    return [Slice(outlet, 1, _blocks(neurons, 1))] + [
-        Slice(module, 0, rows) for module in present(layer, row.ups)
-    ]
-
-
-def present(layer: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
-    """Those of the modules that the layer has."""
-    known = dict(layer.named_modules())
-    return [known[path] for path in paths if path and path in known]
-
-
-def ffn_of(layer: nn.Module, stack: Stack) -> Ffn:
-    """The FFN of a layer that has one: its own, or the one beside its experts."""
-    found = _ffn(layer, stack)
-    assert found is not None, "only a layer with an FFN has a group of neurons"
-    return found
-
-
-def _ffn(layer: nn.Module, stack: Stack) -> Ffn | None:
-    ffns = (stack.ffn, stack.moe.shared if stack.moe else None)
-    return next((ffn for ffn in ffns if ffn and present(layer, (ffn.down,))), None)
-
-
-def _blocks(count: int, size: int, offset: int = 0) -> torch.Tensor:
-    """(count, size) indices of consecutive blocks of rows."""
-    return torch.arange(offset, offset + count * size).reshape(count, size)
-
-
 def _groups(layer: nn.Module, stack: Stack, number: int, index: int) -> list[Group]:
     """The groups of one layer, in forward order."""
     parts: list[int | None] = [*range(len(stack.attentions))]
-    if _ffn(layer, stack):  # a layer of experts may have none
+    if ffn_in(layer, stack):  # a layer of experts may have none
         parts.append(None)
     return [_group(layer, stack, number, index, part) for part in parts]
 
@@ -605,7 +308,7 @@ def _experts(layer: nn.Module, stack: Stack, number: int, index: int) -> list[Bl
         return []
     assert stack.moe is not None
     router, experts = found
-    count = _size(router, 0)
+    count = size_of(router, 0)
     each = sum(p.numel() for m in (router, experts) for p in m.parameters()) // count
     name = f"{stack.layers}.{index}.{stack.moe.experts}"
     in_groups = (getattr(router, "num_group", None) or 1) > 1  # of equal size
@@ -618,7 +321,7 @@ def _experts(layer: nn.Module, stack: Stack, number: int, index: int) -> list[Bl
             number,
             index,
             (each,) * count,
-            (_size(router, 1),) * count,
+            (size_of(router, 1),) * count,
             routed_weights=chosen * matrices,
             least=chosen,
             pinned=tuple(range(count)) if in_groups else (),
@@ -629,7 +332,7 @@ def _experts(layer: nn.Module, stack: Stack, number: int, index: int) -> list[Bl
 def _read_layers(model: PreTrainedModel, stack: Stack, count: int) -> tuple[int, tuple[int, ...]]:
     """How many layers of a stack anybody reads, and which of all must stay."""
     if stack.tapped:
-        config = config_of(model, stack)
+        config = config_of(model.config, stack)
         return count, tuple(sorted({*stack.pinned, *getattr(config, stack.tapped)}))
     if not stack.read:
         return count, tuple(n for n in stack.pinned if n < count)
@@ -663,9 +366,9 @@ def _other_weights(layer: nn.Module, stack: Stack) -> int:
     """Weights of a layer that every token passes, besides those of its units and its router, and
     those for the few tokens that see all.
     """
-    found = [piece for row in stack.attentions for piece in _head_slices(layer, row)]
-    if ffn := _ffn(layer, stack):
-        found += _neuron_slices(layer, ffn)
+    found = [piece for row in stack.attentions for piece in head_slices(layer, row)]
+    if ffn := ffn_in(layer, stack):
+        found += neuron_slices(layer, ffn)
     units = {piece.module for piece in found}
     units |= {m for row in stack.whole if row.window for m in present(layer, row.follow)}
     router = stack.moe.router if stack.moe else None
@@ -681,11 +384,11 @@ def _group(layer: nn.Module, stack: Stack, stack_index: int, index: int, part: i
     prefix = f"{stack.layers}.{index}"
     if part is None:
         ffn = ffn_of(layer, stack)
-        found, at, outlet_path = _neuron_slices(layer, ffn), ffn.down, ffn.down
+        found, at, outlet_path = neuron_slices(layer, ffn), ffn.down, ffn.down
         columns, inside = 1, []
     else:
         row = stack.attentions[part]
-        found, at, outlet_path = _head_slices(layer, row), row.at, row.o
+        found, at, outlet_path = head_slices(layer, row), row.at, row.o
         inside = [layer.get_submodule(at)]
         columns = int(getattr(inside[0], row.dim))
     outlet = found[0]

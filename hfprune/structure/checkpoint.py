@@ -11,10 +11,13 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.integrations.heterogeneity.configuration_utils import (
+    AmbiguousGlobalPerLayerAttributeError,
+)
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from hfprune.errors import CheckpointError
-from hfprune.structure.anatomy import Anatomy, Group, ffn_of, layer_of, stack_of
+from hfprune.structure.anatomy import Anatomy, Group
 from hfprune.structure.architectures import Stack, row_of
 from hfprune.structure.modeling_hfprune import (
     ATTRIBUTES,
@@ -30,6 +33,7 @@ from hfprune.structure.modeling_hfprune import (
     sub_configs_of,
     tensors_of,
 )
+from hfprune.structure.slices import config_of, ffn_of, layer_of, stack_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -121,7 +125,7 @@ def _settings(model: PreTrainedModel) -> dict[str, dict[tuple[int, str], int]]:
 def stock_settings(model: PreTrainedModel, group: Group) -> dict[str, int]:
     """How the family's own config says the size of a group: {setting: value}, {} if it cannot."""
     stack = stack_of(model, group)
-    known = _config_of(model, _part(stack)).to_dict()
+    known = config_of(model.config, stack).to_dict()
     values: dict[str, int] = {}
     if group.kind == "neuron":
         values[ffn_of(layer_of(model, group), stack).setting] = group.units
@@ -137,7 +141,7 @@ def also_sized(model: PreTrainedModel, group: Group) -> str:
     Found by building the stock model with another value, on the meta device.
     """
     stack, config = stack_of(model, group), copy.deepcopy(model.config)
-    sized = getattr(config, _part(stack)) if _part(stack) else config
+    sized = config_of(config, stack)
     for name, value in stock_settings(model, group).items():
         setattr(sized, name, value + 8)
     with torch.device("meta"):
@@ -176,10 +180,10 @@ def as_stock(model: PreTrainedModel) -> PreTrainedModel:
     own_config(model)
     settings_of = _settings(model)
     for block in Anatomy.of(model).experts:
-        part = _part(row_of(model.config.model_type).stacks[block.stack])
-        known = _config_of(model, part).to_dict()
+        stack = row_of(model.config.model_type).stacks[block.stack]
+        known = config_of(model.config, stack).to_dict()
         name = next(name for name in EXPERT_SETTINGS if name in known)
-        settings_of.setdefault(part, {})[block.layer, name] = block.units
+        settings_of.setdefault(_part(stack), {})[block.layer, name] = block.units
     before: list[tuple[PreTrainedConfig, dict[str, Any]]] = []
     for part, settings in settings_of.items():
         config = _config_of(model, part)
@@ -342,6 +346,17 @@ def from_pretrained(
         )
     except StructureError as error:
         raise CheckpointError(f"{model_id}: {error}") from error
+    except AmbiguousGlobalPerLayerAttributeError as error:
+        raise CheckpointError(
+            f"{model_id}: per_layer_config says that its layers differ, and hfprune has no"
+            f" structure for them in config.{KEY}."
+        ) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{model_id}: its weights are not of the shapes that its config says."
+        ) from error
     model, info = loaded
     _note_commit(model, model_id, "config.json", **hub)
     odd = {k: sorted(map(str, info[k])) for k in ("missing_keys", "unexpected_keys") if info[k]}

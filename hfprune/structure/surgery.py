@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from hfprune.errors import HfpruneError
-from hfprune.structure.anatomy import (
-    Anatomy,
-    Block,
-    Group,
+from hfprune.structure.anatomy import Anatomy, Block, Group
+from hfprune.structure.architectures import Attention, Stack, row_of
+from hfprune.structure.checkpoint import adopt, own_config
+from hfprune.structure.cost import Selection
+from hfprune.structure.fitness import check_whole
+from hfprune.structure.modeling_hfprune import NUMBERS, PATCH, empty_attention, help_forward, resize
+from hfprune.structure.slices import (
     Slice,
     axis_of,
-    check_whole,
     config_of,
     ffn_of,
     layer_of,
@@ -25,10 +27,6 @@ from hfprune.structure.anatomy import (
     routing_of,
     stack_of,
 )
-from hfprune.structure.architectures import Attention, Stack, row_of
-from hfprune.structure.checkpoint import adopt, own_config
-from hfprune.structure.cost import Selection
-from hfprune.structure.modeling_hfprune import NUMBERS, PATCH, empty_attention, help_forward, resize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -182,7 +180,7 @@ def _drop_layers(model: PreTrainedModel, stack: Stack, block: Block, keep: Seque
     for new, old in enumerate(keep):
         for module in layers[old].modules():
             _set_present(module, dict.fromkeys(NUMBERS, new))
-    config, names = config_of(model, stack), stack.depth.split(".")[-1]
+    config, names = config_of(model.config, stack), stack.depth.split(".")[-1]
     before = {listed: getattr(config, listed, None) or () for listed in _NUMBERED}
     for named in (*_FIRST, *_LAST):
         if getattr(config, named, None) is not None:

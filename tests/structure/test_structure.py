@@ -72,7 +72,11 @@ ENTRY = st.fixed_dictionaries(
         ),
     },
 )
-slowly = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+slowly = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
 def build(config, structure):
@@ -106,6 +110,34 @@ def test_a_hostile_structure_never_grows_a_model(modules, config):
     else:
         assert sum(p.numel() for p in model.parameters()) <= stock + tables
         only_what_surgery_writes_differs(model, tiny.model(config.model_type))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pruned bert's folder, whose config.json the tests may spoil."""
+    where = tmp_path_factory.mktemp("hostile")
+    model = copy_and_cut(tiny.model("bert"), {"encoder.layer.0.output.dense": range(5)})
+    model.save_pretrained(where)
+    return where
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.dictionaries(PATHS, ENTRY | ANYTHING, min_size=1, max_size=3) | ANYTHING)
+def test_a_hostile_config_file_is_an_error_of_ours(folder, modules):
+    path = folder / "config.json"
+    honest = path.read_text()
+    config = json.loads(honest)
+    config[KEY]["modules"] = modules
+    try:
+        path.write_text(json.dumps(config))
+        model = from_pretrained(folder)
+    except CheckpointError as error:
+        assert str(folder) in str(error)
+    else:
+        outlet = model.bert.encoder.layer[0].output.dense.weight
+        assert outlet.shape == (tiny.HIDDEN, 5)  # what is in the file, nothing else
+    finally:
+        path.write_text(honest)
 
 
 def only_what_surgery_writes_differs(model, stock):
@@ -207,7 +239,7 @@ def test_half_precision_and_shards_come_back(tmp_path):
     model = copy_and_cut(model, tiny.selection(Anatomy.of(model)))
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    again = from_pretrained(tmp_path, dtype=torch.bfloat16)
+    again = from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="auto")
     for name, tensor in model.state_dict().items():
         assert again.state_dict()[name].equal(tensor.to(torch.bfloat16))
 
@@ -533,7 +565,8 @@ def test_saving_notices_what_only_the_outputs_show(family, tmp_path):
     model = copy_and_cut(model, tiny.selection(Anatomy.of(model)))
     group = next(g for g in Anatomy.of(model) if g.kind == "neuron")
     outlet = model.base_model.get_submodule(group.outlet)
-    outlet.register_forward_hook(lambda module, args, output: output + 1)  # no tensor tells of it
+    # No tensor tells of it, and no norm takes it out again.
+    outlet.register_forward_hook(lambda module, args, output: output + output.sin())
     with pytest.raises(StructureError, match="equal tensors but other outputs"):
         model.save_pretrained(tmp_path)
 
