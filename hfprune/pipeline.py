@@ -11,7 +11,6 @@ first, which alone writes; all meet after every step.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -26,19 +25,15 @@ import transformers
 import yaml
 
 from hfprune.data import Batches
-from hfprune.errors import HfpruneError, RecipeError, unknown
+from hfprune.errors import CheckpointError, HfpruneError, RecipeError, unknown
 from hfprune.evaluation.hardware import metered
-from hfprune.files import write_whole
+from hfprune.files import why_unwritable, write_whole
 from hfprune.processes import Processes, launched
 from hfprune.publishing.report import Report
 from hfprune.recipe import SPLITS, Recipe
 from hfprune.steps import DONE, Step, Steps, checkpoints_of, steps_done
 
 _RECIPE = "recipe.yaml"
-_UNWRITABLE = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
-    *(errno.EROFS, errno.EACCES, errno.EPERM),
-}
 
 
 def run(
@@ -182,7 +177,8 @@ class _Run:
                 self._write_done(steps_done(self.folder) | {step.artefact: entry})
                 _remove(checkpoints_of(temporary))
         except Exception as error:
-            why = _unwritable(error)
+            of_checkpoint = error.__cause__ if isinstance(error, CheckpointError) else None
+            why = why_unwritable(of_checkpoint or error)
             if why is None:
                 raise
             raise HfpruneError(
@@ -210,15 +206,6 @@ class _Run:
 
     def _write_done(self, done: dict[str, Any]) -> None:
         write_whole(self.folder / DONE, json.dumps(done, indent=2) + "\n")
-
-
-def _unwritable(error: Exception) -> str | None:
-    """Why a file could not be written; None if that is not what the error is about."""
-    if isinstance(error, OSError):
-        return error.strerror if error.errno in _UNWRITABLE else None
-    text = str(error).partition("\n")[0]
-    # safetensors and torch.save tell of the system's errors in their own.
-    return text if "(os error " in text or "PytorchStreamWriter" in text else None
 
 
 def _digest(path: Path) -> str:

@@ -11,6 +11,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
+FSDP = {  # what `accelerate launch` sets for recipes/accelerate/fsdp2.yaml
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+}
 LAUNCHER = [str(Path(sys.executable).with_name("accelerate")), "launch"]
 
 

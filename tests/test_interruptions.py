@@ -2,83 +2,137 @@
 lost, and the end is the same.
 """
 
+import dataclasses
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
-from launching import environment
+from launching import FSDP, environment, together
 from test_pipeline import at, generation, leftovers, make
 
 import hfprune
+from hfprune.errors import HfpruneError
 from hfprune.planning.plan import PruningPlan
+from hfprune.recovery.checkpoints import last_complete_checkpoint
 from hfprune.steps import steps_done
 
-RUN = """
-import sys, torch
+TRAINING = {"epochs": 3, "learning_rate": 1e-3, "batch_size": 8}
+DYING = """
+import os, sys, torch
+from hfprune.pipeline import run
+from hfprune.recovery.sharding import ShardableTrainer
+
 torch.set_num_threads(1)
-from hfprune import run
-run(sys.argv[1], say=lambda line: print(line, flush=True), until="result")
+recipe, moment, how, rank = sys.argv[1], *map(int, sys.argv[2:])
+calls = 0
+
+def dying(method):
+    def called(self, *given, **named):
+        global calls
+        calls += 1
+        if calls == moment and int(os.environ.get("RANK", "0")) == rank:
+            os.kill(os.getpid(), how)
+        return method(self, *given, **named)
+    return called
+
+for name in (
+    "training_step", "save_model", "_save_optimizer_and_scheduler", "_save_rng_state",
+    "_load_from_checkpoint", "_load_best_model",
+):
+    setattr(ShardableTrainer, name, dying(getattr(ShardableTrainer, name)))
+run(recipe, say=str, until="result")
 """
-TRAINING = {"epochs": 8, "learning_rate": 1e-3, "batch_size": 8}
 LIMITED = """
 import resource, sys
 from hfprune.cli import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
-main(["distill", sys.argv[1]])
+from hfprune.recovery.sharding import ShardableTrainer
+
+recipe, size, before = sys.argv[1], *map(int, sys.argv[2:])
+
+def limit():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+saves = 0
+
+def save(self, *given, **named):
+    global saves
+    saves += 1
+    if saves == before:
+        limit()
+    unlimited(self, *given, **named)
+
+unlimited, ShardableTrainer._save_checkpoint = ShardableTrainer._save_checkpoint, save
+if not before:
+    limit()
+main(["distill", recipe])
 """
 
 
-def start(recipe, path):
-    path.write_text(yaml.safe_dump(recipe.to_dict()))
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, str(path)],
-        stdout=subprocess.PIPE,
+def run(recipe, folder, count, moment=0, how=0, rank=0):
+    """Exit status of a run on some processes, one of which ends itself at a moment: when it is
+    about to make a training step, or to write or read a part of a checkpoint.
+    """
+    files = [folder / "recipe.yaml", folder / "run.py"]
+    files[0].write_text(yaml.safe_dump(recipe.to_dict()))
+    files[1].write_text(DYING)
+    several = ["-m", "torch.distributed.run", f"--nproc-per-node={count}", "--standalone"]
+    launcher = [sys.executable, *(several if count > 1 else [])]
+    values = {"ACCELERATE_USE_CPU": "true", "HF_DATASETS_CACHE": folder / "cache"}
+    return subprocess.run(
+        [*launcher, files[1], files[0], str(moment), str(how), str(rank)],
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        text=True,
-        env=environment(),
-    )
+        check=False,
+        timeout=180,
+        env=environment(**values),
+    ).returncode
+
+
+def same_weights(name, *recipes):
+    """Whether a model came out bitwise the same of two runs."""
+    first, second = (hfprune.from_pretrained(at(r, name)).state_dict() for r in recipes)
+    return first.keys() == second.keys() and all(first[key].equal(second[key]) for key in first)
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path):
-    whole = generation(tmp_path / "whole", finetune=TRAINING, distill=TRAINING)
-    process = start(whole, tmp_path / "whole.yaml")
-    process.stdout.readline()
-    begun = time.monotonic()
-    assert process.wait() == 0
-    lasted = time.monotonic() - begun
-
-    killed = generation(tmp_path / "killed", finetune=TRAINING, distill=TRAINING)
-    chance, moments = random.Random(0), []
-    for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
-        process = start(killed, tmp_path / "killed.yaml")
-        process.stdout.readline()  # it has begun
-        time.sleep(chance.uniform(0, 0.5 * lasted))
-        if process.poll() is None:
-            process.send_signal(how)
-            assert process.wait() == -how
-            moments.append(sorted(p.name for p in at(killed).rglob("checkpoint-*")))
-    process = start(killed, tmp_path / "killed.yaml")
-    assert process.wait() == 0
-    assert moments, "it was not killed once"
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(count, tmp_path):
+    """Bitwise, with dropout in the fine-tuning."""
+    whole, killed = (
+        make(tmp_path / name, finetune=TRAINING, distill=TRAINING) for name in ("whole", "killed")
+    )
+    assert run(whole, tmp_path / "whole", count) == 0
+    chance = random.Random(count)
+    for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)[: 4 - count]:
+        moment, rank = chance.randint(1, 17), chance.randrange(count)
+        status = run(killed, tmp_path / "killed", count, moment, int(how), rank)
+        assert status == (-how if count == 1 else 1), "it was killed, and none of them waits on"
+    assert run(killed, tmp_path / "killed", count) == 0
     assert not leftovers(killed)
     plans = [PruningPlan.load(at(r, "plan.json")) for r in (whole, killed)]
     assert plans[0] == plans[1]
-    for name in ("dense", "distilled"):
-        first, second = (hfprune.from_pretrained(at(r, name)).state_dict() for r in (whole, killed))
-        assert all(first[key].equal(second[key]) for key in first)
+    assert same_weights("dense", whole, killed) and same_weights("distilled", whole, killed)
 
 
-def limited(recipe, folder, size):
-    """(exit status, stderr) of a run that cannot write a file of more than `size` bytes."""
+def test_a_checkpoint_cut_off_in_its_last_file_is_not_complete(tmp_path):
+    for step, text in ((2, "{}"), (10, '{"epoch": 1'), (11, "")):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    assert last_complete_checkpoint(str(tmp_path)) == tmp_path / "checkpoint-2"
+
+
+def limited(recipe, folder, size, before=0):
+    """(exit status, stderr) of a run that cannot write a file of more than `size` bytes, from the
+    start or from a checkpoint on, counted from 1.
+    """
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
     ended = subprocess.run(
-        [sys.executable, "-c", LIMITED, folder / "recipe.yaml", str(size)],
+        [sys.executable, "-c", LIMITED, folder / "recipe.yaml", str(size), str(before)],
         capture_output=True,
         text=True,
         check=False,
@@ -106,11 +160,130 @@ def test_a_disk_that_is_full_is_one_line_and_loses_nothing(before, step, tmp_pat
     assert not leftovers(recipe)
 
 
-def test_an_output_that_became_read_only_is_one_line(tmp_path, monkeypatch):
-    if os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
+@pytest.mark.slow
+@pytest.mark.parametrize("fits", ["nothing", "the weights"])
+def test_a_disk_that_fills_up_while_distilling_leaves_the_last_checkpoint(fits, tmp_path):
+    """The third of four checkpoints, the start being one, cannot be written; the run goes on from
+    the second.
+    """
+    whole, recipe = (
+        make(tmp_path / name, finetune=None, distill=TRAINING) for name in ("whole", "full")
+    )
+    hfprune.run(whole, say=str, until="result")
+    hfprune.run(recipe, say=str, until="compensated")
+    weights = at(recipe, "compensated/model.safetensors").stat().st_size
+    room = {"nothing": 2_000, "the weights": weights + 2_000}[fits]
+    status, err = limited(recipe, tmp_path, room, before=3)
+    assert status == 2, err
+    assert err.startswith(f"hfprune: Distilling: cannot write in {at(recipe)}: "), err
+    (checkpoints,) = at(recipe).glob(".*-checkpoints")
+    assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-0", "checkpoint-5"}
+    assert hfprune.from_pretrained(checkpoints / "checkpoint-5")
+    hfprune.run(recipe, say=str, until="result")
+    assert not leftovers(recipe)
+    first, second = (
+        hfprune.from_pretrained(at(r, "distilled")).state_dict() for r in (whole, recipe)
+    )
+    assert all(first[key].equal(second[key]) for key in first)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_really_full(tmp_path):
+    """A file system of a megabyte; larger, the same run goes through."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk]).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        recipe = make(tmp_path, finetune=None, distill=TRAINING)
+        recipe = dataclasses.replace(recipe, output=str(disk / "run"))
+        with pytest.raises(HfpruneError, match=r"No space left|is the disk full"):
+            hfprune.run(recipe, say=str, until="result")
+        subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
+        hfprune.run(recipe, say=str, until="result")
+        assert not leftovers(recipe)
+    finally:
+        # Weights that were mapped into memory keep it busy.
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+SPOILT = """
+import os
+import torch
+from torch.distributed.tensor import DTensor
+from hfprune.pipeline import run
+from hfprune.recovery.sharding import ShardableTrainer
+
+os.environ.update({variables})
+step, calls = ShardableTrainer.training_step, 0
+
+def spoilt(self, model, *given, **named):
+    global calls
+    calls += 1
+    if calls == 8 and os.environ["RANK"] == "1":
+        for parameter in model.parameters():
+            parameter = parameter.detach()
+            here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            here.fill_(float("nan"))
+    return step(self, model, *given, **named)
+
+ShardableTrainer.training_step = spoilt
+run({recipe!r}, say=str, until="dense")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variables", [{}, FSDP], ids=["whole", "sharded"])
+def test_a_loss_that_is_not_finite_stops_both_processes(variables, tmp_path):
+    recipe = make(tmp_path, finetune=TRAINING)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
+    code = SPOILT.format(
+        variables=variables | {"ACCELERATE_USE_CPU": "true"}, recipe=str(tmp_path / "recipe.yaml")
+    )
+    first, second = together(code, timeout=180)
+    assert [first[0], second[0]] == [1, 1]
+    assert (
+        "DataError: The loss is not finite at global step 8, batch 1 of 1 on process" in second[2]
+    )
+    assert "The loss is not finite at global step 8, batch 1 of 1 on process" in first[2]
+    (checkpoints,) = at(recipe).glob(".*-checkpoints")
+    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-5"]
+    kept = hfprune.from_pretrained(checkpoints / "checkpoint-5").state_dict()
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+
+
+BECOMES_READ_ONLY = """
+import os, sys
+import hfprune
+
+def say(line):
+    if line == "Planning ...":
+        os.chmod(sys.argv[2], 0o500)
+
+try:
+    hfprune.run(sys.argv[1], say=say)
+except hfprune.HfpruneError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_an_output_that_becomes_read_only_is_one_line(tmp_path):
+    # root may write everywhere, unless it gives up that right.
+    meek = ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
+    if meek and not shutil.which("setpriv"):
+        pytest.skip("root needs setpriv to have no right to write")
     recipe = make(tmp_path, finetune=None)
-    hfprune.run(recipe, say=str, until="scores")
-    at(recipe).chmod(0o500)
-    with pytest.raises(hfprune.HfpruneError, match="cannot write in"):
-        hfprune.run(recipe, say=str, until="plan.json")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
+    command = [*meek, sys.executable, "-c", BECOMES_READ_ONLY, tmp_path / "recipe.yaml", at(recipe)]
+
+    def said():
+        options = {"capture_output": True, "text": True, "check": True, "env": environment()}
+        return subprocess.run(command, **options).stdout.splitlines()
+
+    (line,) = said()
+    assert line.startswith(f"Planning: cannot write in {at(recipe)}: Permission denied. Finished ")
+    assert steps_done(at(recipe)).keys() == {"dense", "scores"}
+    (line,) = said()
+    assert line == f"output: cannot write below {at(recipe)}; choose another folder."
+    at(recipe).chmod(0o700)

@@ -472,7 +472,7 @@ def test_a_loss_that_is_not_a_number(recipe):
 
 def test_fine_tuning_that_diverges_leaves_no_checkpoint(recipe):
     wild = changed(recipe, "finetune", learning_rate=1e30)
-    with pytest.raises(DataError, match="is not finite after global step 5, so no checkpoint"):
+    with pytest.raises(DataError, match=r"not finite at global step \d, batch 1 of 1 on process 0"):
         hfprune.run(wild, say=str)
     assert not list(at(recipe).rglob("checkpoint-*")) and not at(recipe, "dense").exists()
 

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from launching import together
+from launching import FSDP, together
 
 from hfprune.errors import HfpruneError
 from hfprune.processes import Processes, launched
@@ -40,14 +40,6 @@ with launched() as processes:
         assert "do not agree on the plan (process 0: plan-0, process 1: plan-1, process 2" in err
 
 
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-}
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -61,7 +53,7 @@ FSDP2 = {
 def test_ways_to_shard_that_are_not_supported_are_refused_before_anything(
     changes, message, monkeypatch
 ):
-    for name, value in (FSDP2 | changes).items():
+    for name, value in (FSDP | changes).items():
         monkeypatch.setenv(name, value)
     if message is None:
         with launched() as processes:

@@ -8,6 +8,7 @@ import functools
 import inspect
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from hfprune.errors import DataError, RecipeError
+from hfprune.errors import CheckpointError, DataError, RecipeError
+from hfprune.files import why_unwritable
 
 if TYPE_CHECKING:
     from hfprune.recovery.arguments import DistillationArguments
@@ -99,6 +101,27 @@ def _is_json(path: Path) -> bool:
     except ValueError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def removed_unless_whole(output_dir: Path, step: int) -> Iterator[None]:
+    """Within, a checkpoint is written; if it cannot be, what there is of it goes: on a full disk
+    that is room for the next one.
+
+    Raises:
+        CheckpointError: a file could not be written; says why.
+    """
+    try:
+        yield
+    except Exception as error:
+        why = why_unwritable(error)
+        if why is None:
+            raise
+        shutil.rmtree(output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}", ignore_errors=True)
+        raise CheckpointError(
+            f"The checkpoint of step {step} cannot be written in {output_dir}: {why}. Those before"
+            " it are intact; make room or rights, and go on from them."
+        ) from error
 
 
 def refuse_spoilt(model: nn.Module, step: int, output_dir: str | None) -> None:

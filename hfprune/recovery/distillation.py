@@ -42,7 +42,6 @@ from hfprune.recovery.losses import (
     pooled,
 )
 from hfprune.recovery.parts import (
-    described,
     hidden_pairs,
     mean_state_loss,
     outputs_of,
@@ -155,7 +154,6 @@ class DistillationTrainer(ShardableTrainer):
         self._headless = has_no_head(student)
         # Then evaluation asks compute_loss for a loss although there are no labels.
         self.can_return_loss |= self._headless
-        self._batches_begun, self._batches_of_step = 0, 1
         self._reset_parts()
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -187,10 +185,7 @@ class DistillationTrainer(ShardableTrainer):
             The batches, and an int64 tensor (4,): the sizes of `Counted` summed over them and all
             processes.
         """
-        if 0 < self.state.max_steps <= self.state.global_step:
-            return [], None  # resumed after the last step: the Trainer would take one more
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._batches_begun, self._batches_of_step = 0, len(batches)
         sizes = torch.zeros(len(Counted._fields), dtype=torch.int64, device=device)
         for batch in batches:
             sizes += Counted.of(batch, shifted=self._shifted).sizes().to(device)
@@ -287,18 +282,8 @@ class DistillationTrainer(ShardableTrainer):
 
     def _record(self, parts: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
         """Add one batch's parts to the running sums, or stop if one is not finite."""
-        values = torch.stack([value.detach() for value in parts.values()])
-        if not values.isfinite().all():
-            given = ", ".join(f"{part} {value:g}" for part, value in parts.items())
-            raise DataError(
-                f"The loss is not finite at global step {self.state.global_step + 1}, batch "
-                f"{self._batches_begun} of {self._batches_of_step} on process "
-                f"{self.accelerator.process_index} ({described(batch)}): {given}. "
-                f"Nothing was updated; earlier checkpoints in {self.args.output_dir} are intact. "
-                "Lower learning_rate, check the batch, or set the weight of the part at fault to "
-                "0."
-            )
-        self._part_sums += values
+        self.refuse_not_finite(parts, batch)
+        self._part_sums += torch.stack([value.detach() for value in parts.values()])
 
     def _prepare_cache(self, cache: TeacherCache) -> None:
         """Find or make the cache; the teacher is on the device only as long as it is asked."""

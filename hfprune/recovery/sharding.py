@@ -27,9 +27,10 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from hfprune.errors import CheckpointError, RecipeError
+from hfprune.errors import CheckpointError, DataError, RecipeError
 from hfprune.processes import fsdp_asked, refuse_deepspeed, refuse_fsdp
-from hfprune.recovery.checkpoints import refuse_spoilt, training_format
+from hfprune.recovery.checkpoints import refuse_spoilt, removed_unless_whole, training_format
+from hfprune.recovery.parts import described
 
 
 class ShardableTrainer(Trainer):
@@ -41,13 +42,15 @@ class ShardableTrainer(Trainer):
     Raises:
         HfpruneError: a setting of FSDP is not supported, or DeepSpeed was asked for.
         RecipeError: adapters were to be sharded.
-        DataError: the weights are not finite any more; no checkpoint is written of them.
-        CheckpointError: the checkpoint to load does not fit the model.
+        DataError: the loss or the weights are not finite any more; no checkpoint is written of
+            them.
+        CheckpointError: the checkpoint to load does not fit the model, or one cannot be written.
     """
 
     model: nn.Module
     optimizer: Optimizer
     lr_scheduler: Any
+    _batches_begun, _batches_of_step = 0, 1
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator, one that shards on CPUs too.
@@ -94,6 +97,58 @@ class ShardableTrainer(Trainer):
             for parameter in empty:
                 parameter.requires_grad_(True)
 
+    # Stopping.
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """Take the batches of one optimizer step: none after the last, as when a run goes on that
+        was stopped at its very end.
+        """
+        if 0 < self.state.max_steps <= self.state.global_step:
+            return [], None
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._batches_begun, self._batches_of_step = 0, len(batches)
+        return batches, count
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's own loss; stop training if it is not finite."""
+        if model.training:
+            self._batches_begun += 1
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training:
+            loss = found[0] if isinstance(found, tuple) else found
+            self.refuse_not_finite({"loss": loss}, inputs)
+        return found
+
+    def refuse_not_finite(self, losses: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
+        """Stop training if a loss is not finite.
+
+        Args:
+            losses: the parts of a batch's loss, by their names.
+            batch: what the model was given.
+
+        Raises:
+            DataError: names step, batch and process.
+        """
+        if torch.stack([loss.detach() for loss in losses.values()]).isfinite().all():
+            return
+        given = ", ".join(f"{part} {value:g}" for part, value in losses.items())
+        raise DataError(
+            f"The loss is not finite at global step {self.state.global_step + 1}, batch "
+            f"{self._batches_begun} of {self._batches_of_step} on process "
+            f"{self.accelerator.process_index} ({described(batch)}): {given}. "
+            f"Nothing was updated; earlier checkpoints in {self.args.output_dir} are intact. Lower "
+            "learning_rate, check the batch, or, in distillation, set the weight of the part at "
+            "fault to 0."
+        )
+
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         # Of the steps since the last log the Trainer would take this process's share alone.
         self._tr_loss = self.accelerator.reduce(self._tr_loss, reduction="mean")
@@ -104,7 +159,8 @@ class ShardableTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         saved = self.accelerator.unwrap_model(self.model)
         refuse_spoilt(saved, self.state.global_step, self.args.output_dir)
-        with training_format(saved):
+        folder = Path(self.args.output_dir or ".")
+        with training_format(saved), removed_unless_whole(folder, self.state.global_step):
             super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -13,22 +13,19 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 import hfprune
+from hfprune.errors import RecipeError, UnsupportedModelError
 from hfprune.recovery.distillation import DistillationArguments, distill
+from hfprune.recovery.gradual import GradualPruning
 from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.surgery import copy_and_cut
 from tests import tiny
-from tests.launching import leave, torchrun
+from tests.launching import FSDP, leave, torchrun
 from tests.trained import At, collate, examples
+
+peft = pytest.importorskip("peft")
 
 HEADS = {"bert": "AutoModelForSequenceClassification", "gemma3_text": "AutoModelForCausalLM"}
 FAMILIES = list(HEADS)  # gemma's head is tied to its embeddings
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-}
 
 
 def pair(family):
@@ -55,7 +52,7 @@ class SeesShards(TrainerCallback):
         assert moments and all(isinstance(m, DTensor) for m in moments)
 
 
-def run(family, folder, stopped_at=None, resume=False):
+def run(family, folder, *callbacks, resume=False, lora=None):
     """(student, log, result) of a distillation of 6 steps, saved and judged at every other one."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     student, teacher = pair(family)
@@ -76,23 +73,26 @@ def run(family, folder, stopped_at=None, resume=False):
         metric_for_best_model="doubt",
         greater_is_better=True,  # so that the best checkpoint is not the last
     )
-    log, callbacks = [], []
-    if count > 1:
-        callbacks.append(SeesShards(sum(p.numel() for p in student.parameters())))
-    if stopped_at:
-        callbacks.append(At(stopped_at, stop))
-    callbacks.append(Keeps(log))
+    sees = SeesShards(sum(p.numel() for p in student.parameters()))
+    keeps = Keeps()
     rows = examples(family, 32)
-    try:
-        result = distill(
-            student, teacher, rows, rows[:8], args=args, data_collator=collate, resume=resume,
-            compute_metrics=held_out, callbacks=callbacks,
-        )  # fmt: skip
-    except KeyboardInterrupt:
-        return None
-    if count > 1:
-        assert callbacks[0].steps
-    return student, log, result
+    result = distill(
+        student, teacher, rows, rows[:8], args=args, data_collator=collate, resume=resume,
+        compute_metrics=held_out, callbacks=[*callbacks, keeps, *([sees] if count > 1 else [])],
+        lora=lora,
+    )  # fmt: skip
+    assert count == 1 or sees.steps
+    return student, keeps.log, result
+
+
+def stopped(family, folder):
+    """The same, interrupted at step 5; what it has saved is of step 4."""
+
+    def stop(model):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(family, folder, At(5, stop))
 
 
 def held_out(prediction):
@@ -103,27 +103,33 @@ def held_out(prediction):
 
 
 class Keeps(TrainerCallback):
-    def __init__(self, log):
-        self.log = log
+    """Keeps the log of a training."""
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.log += state.log_history
-
-
-def stop(model):
-    raise KeyboardInterrupt
+        self.log = list(state.log_history)
 
 
 def two_process_main(folder):
     """What each of the two processes of the test below runs."""
     for family in FAMILIES:
         student, log, result = run(family, folder / family / "sharded")
-        run(family, folder / family / "begun-sharded", stopped_at=5)
+        stopped(family, folder / family / "begun-sharded")
         run(family, folder / family / "begun-alone", resume=True)
         if os.environ["RANK"] == "0":
             student.save_pretrained(folder / family / "saved")
             found = {"log": log, "kept": result.metrics["kept_step"], "loss": result.training_loss}
             (folder / family / "found.json").write_text(json.dumps(found))
+    refused(folder / "refused")
+
+
+def refused(folder):
+    """What cannot be sharded says so before a step is made."""
+    with pytest.raises(UnsupportedModelError, match="sharded by FSDP"):
+        run("bert", folder, GradualPruning("macs=60%"))
+    config = peft.LoraConfig(target_modules=["query"])
+    with pytest.raises(RecipeError, match="adapters are not sharded here"):
+        run("bert", folder, lora=config)
+    assert not list(folder.rglob("checkpoint-[1-9]*"))
 
 
 def last_state(folder):
@@ -148,7 +154,7 @@ def test_sharded_training_is_that_of_one_process(tmp_path):
     alone = {}
     for family in FAMILIES:
         alone[family] = run(family, tmp_path / family / "alone")
-        run(family, tmp_path / family / "begun-alone", stopped_at=5)
+        stopped(family, tmp_path / family / "begun-alone")
     torchrun(__file__, tmp_path, **FSDP)
     kept = []
     for family in FAMILIES:
