@@ -1,13 +1,15 @@
-"""What scoring costs: processor time over that of a forward pass on the same batches, and memory
+r"""What scoring costs: processor time over that of a forward pass on the same batches, and memory
 over that of a forward pass which keeps its activations.
 
     python benchmarks/scoring_cost.py .cache/minilm
-    python benchmarks/scoring_cost.py .cache/gemma3-270m --gguf-file gemma-3-270m-q4_k_m.gguf
+    python benchmarks/scoring_cost.py .cache/gemma3-270m --gguf-file gemma-3-270m-q4_k_m.gguf \
+        --examples 4 --batch-size 2 --tokens 256 --rounds 3
 
 The limit in time is about 2: a forward pass and a backward pass over activations. Full weight
 gradients, as Taylor scoring by weights needs them, stand beside it. All take turns, so that a busy
 machine slows them all, and the ratios are medians. Memory is the rise of the process's high-water
-mark above the loaded model, each way in a process of its own.
+mark above the loaded model, each way in a process of its own. A GGUF file is saved as a plain
+checkpoint for them first.
 """
 
 from __future__ import annotations
@@ -17,14 +19,17 @@ import gc
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -84,23 +89,31 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--without", nargs="*", default=[], choices=list(WAYS)[2:], metavar="WAY")
     parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model, batches = load(arguments)
+    with plain_checkpoint(arguments) as folder:
+        measure(folder, arguments)
+
+
+def measure(folder: str, arguments: argparse.Namespace) -> None:
+    """All that is asked for, of the model in a folder."""
+    model, batches = load(folder, arguments)
     if arguments.memory_of:
         print(peak(WAYS[arguments.memory_of], model, batches))
         return
-    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    ways = {name: way for name, way in WAYS.items() if name not in arguments.without}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(arguments.rounds + 1):
-        for name, way in WAYS.items():
+        for name, way in ways.items():
             start = time.process_time()
             way(model, batches)
             if turn:  # the first turn warms up
                 seconds[name].append(time.process_time() - start)
     del model
     gc.collect()
-    memory = {name: peak_elsewhere(name) for name in WAYS}
+    memory = {name: peak_elsewhere(folder, name, arguments) for name in ways}
     table = Table("what", "seconds", f"over {FORWARD}", "MB", f"over {KEEPING}")
     for name, values in seconds.items():
         ratios = [a / b for a, b in zip(values, seconds[FORWARD], strict=True)]
@@ -114,28 +127,45 @@ def main() -> None:
     Console().print(table)
 
 
-def load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, list[Batch]]:
+@contextmanager
+def plain_checkpoint(arguments: argparse.Namespace) -> Iterator[str]:
+    """The model's folder; of a GGUF file, one with its weights in float32, which is removed."""
+    if not arguments.gguf_file:
+        yield arguments.model
+        return
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype=torch.float32, gguf_file=arguments.gguf_file
+    )
+    vars(model).update(hf_quantizer=None, is_quantized=False)  # the weights are plain by now
+    del model.config.quantization_config
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        del model
+        yield folder
+
+
+def load(folder: str, arguments: argparse.Namespace) -> tuple[PreTrainedModel, list[Batch]]:
     """The model in float32, and batches of random tokens with labels."""
     torch.manual_seed(0)
-    kind = AutoModelForCausalLM if arguments.gguf_file else AutoModelForSequenceClassification
-    extra = {"gguf_file": arguments.gguf_file} if arguments.gguf_file else {}
-    model = kind.from_pretrained(arguments.model, dtype=torch.float32, **extra).eval()
-    if arguments.gguf_file:  # the weights are plain once they are loaded
-        vars(model).update(hf_quantizer=None, is_quantized=False)
-        del model.config.quantization_config
+    made_for = AutoConfig.from_pretrained(folder).architectures or [""]
+    causal = made_for[0].endswith("ForCausalLM")
+    kind = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
     shape = (arguments.batch_size, arguments.tokens)
     batches = []
     for _ in range(max(1, arguments.examples // arguments.batch_size)):
         ids = torch.randint(1000, model.config.vocab_size, shape)
-        labels = ids if arguments.gguf_file else torch.randint(2, shape[:1])
+        labels = ids if causal else torch.randint(2, shape[:1])
         mask = torch.ones_like(ids)
         batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
     return model, batches
 
 
-def peak_elsewhere(way: str) -> int:
-    """`peak` of one way in a fresh process with this one's arguments."""
-    command = [sys.executable, *sys.argv, "--memory-of", way]
+def peak_elsewhere(folder: str, way: str, arguments: argparse.Namespace) -> int:
+    """`peak` of one way in a fresh process, on the same batches."""
+    names = ("examples", "batch_size", "tokens", "threads")
+    same = [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in names]
+    command = [sys.executable, __file__, folder, *same, "--memory-of", way]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return int(printed.splitlines()[-1])
 
