@@ -178,8 +178,9 @@ def as_stock(model: PreTrainedModel) -> PreTrainedModel:
             The model stays as it was.
     """
     own_config(model)
-    settings_of = _settings(model)
-    for block in Anatomy.of(model).experts:
+    anatomy, settings_of = Anatomy.of(model), _settings(model)
+    head_sizes = {_part(stack_of(model, g)): g.columns for g in anatomy if g.kind == "head"}
+    for block in anatomy.experts:
         stack = row_of(model.config.model_type).stacks[block.stack]
         known = config_of(model.config, stack).to_dict()
         name = next(name for name in EXPERT_SETTINGS if name in known)
@@ -188,8 +189,9 @@ def as_stock(model: PreTrainedModel) -> PreTrainedModel:
     for part, settings in settings_of.items():
         config = _config_of(model, part)
         values = {name: value for (_, name), value in settings.items()}
-        if getattr(config, "head_dim", None) is None and "head_dim" in config.to_dict():
-            values["head_dim"] = Anatomy.of(model).groups[0].columns
+        unsaid = getattr(config, "head_dim", None) is None and "head_dim" in config.to_dict()
+        if unsaid and part in head_sizes:
+            values["head_dim"] = head_sizes[part]
         before.append((config, {name: getattr(config, name, None) for name in values}))
         for name, value in values.items():
             setattr(config, name, value)

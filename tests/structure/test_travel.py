@@ -96,7 +96,7 @@ def test_the_stock_trainer_trains_and_resumes(family, tmp_path):
         assert again.state_dict()[name].equal(tensor)
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "t5", "vit", "whisper"])
+@pytest.mark.parametrize("family", ["bert", "llama", "t5", "vit", "whisper", "gemma3"])
 def test_all_auto_classes_load_one_folder(family, tmp_path):
     model = cut_model(family)
     model.save_pretrained(tmp_path / family)
