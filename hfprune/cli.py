@@ -11,7 +11,6 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hfprune.publishing.hub import Published
     from hfprune.publishing.report import Report
     from hfprune.recipe import Recipe
 
@@ -198,31 +197,27 @@ def push(
             dry_run=dry_run,
             say=typer.echo,
         )
-        for done in sizes.values():
-            _tell_published(done)
-        return
-    done = publish(
-        source,
-        repo,
-        private=private,
-        revision=revision,
-        create_pr=create_pr,
-        parent_commit=parent,
-        license=license,
-        dry_run=dry_run,
-        say=typer.echo,
-    )
-    _tell_published(done)
-
-
-def _tell_published(done: Published) -> None:
-    if done.commit is None:
-        typer.echo(
-            f"What would be uploaded is in {done.url}: {len(done.files)} files. When it is pushed,"
-            " the card takes over what the base model's card and the one on the Hub say."
-        )
+        published = list(sizes.values())
     else:
-        typer.echo(f"Published and verified: {done.repo_id} ({done.revision}), {done.url}")
+        one = publish(
+            source,
+            repo,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=parent,
+            license=license,
+            dry_run=dry_run,
+            say=typer.echo,
+        )
+        published = [one]
+    for done in published:
+        if dry_run:
+            typer.echo(f"What would be uploaded is in {done.url}: {len(done.files)} files.")
+        else:
+            typer.echo(f"Published and verified: {done.repo_id} ({done.revision}), {done.url}")
+    if dry_run:
+        typer.echo("A push takes over, besides, what the cards of the base and on the Hub say.")
 
 
 @app.command()

@@ -165,6 +165,17 @@ def test_push_says_what_it_would_upload(run, tmp_path):
     assert status == 2 and one_line(err)
 
 
+def test_push_lays_out_a_family(run, tmp_path):
+    sizes, dry = saved.family(tmp_path / "sizes", base=None), tmp_path / "dry"
+    status, out, _ = run("push", sizes, "me/small", "--family", "collection", "--dry-run", dry)
+    assert status == 0 and len(out.splitlines()) == 3
+    assert all(from_pretrained(dry / size).config.hfprune for size in ("macs-80", "macs-40"))
+    status, _, err = run("push", sizes, "me/small", "--family", "revisions", "--revision", "one")
+    assert status == 2 and one_line(err) and "--revision is of one model" in err
+    status, _, err = run("push", tmp_path, "me/small", "--family", "revisions")
+    assert status == 2 and one_line(err) and "not the folder of a run" in err
+
+
 @pytest.mark.slow
 def test_a_rehearsal_pushes_and_downloads_again(tmp_path):
     small = saved.save(tmp_path / "small")
