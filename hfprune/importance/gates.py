@@ -26,6 +26,9 @@ from hfprune.structure.cost import Selection
 # of the same shape; with a block of experts, their routing weights instead of the input. Batch and
 # tokens are one dimension for experts and what lies beside them.
 Receiver = Callable[[Group | Block, torch.Tensor, torch.Tensor], None]
+# Called with a group, the size (L2 norm) of its outlet's output at each token, (batch, tokens), the
+# outlet's input and the gradient of its output.
+OutputReceiver = Callable[[Group, torch.Tensor, torch.Tensor, torch.Tensor], None]
 Reporter = Callable[[torch.Tensor, torch.Tensor], None]  # of one outlet
 
 
@@ -211,9 +214,11 @@ def gate_gradients(model: PreTrainedModel, anatomy: Anatomy, receive: Receiver) 
 
 
 @contextmanager
-def output_gradients(model: PreTrainedModel, anatomy: Anatomy, receive: Receiver) -> Iterator[None]:
-    """Report every outlet's input with the gradient of its output, (batch, tokens, outputs), in
-    each backward pass of the context; for within `gate_gradients`.
+def output_gradients(
+    model: PreTrainedModel, anatomy: Anatomy, receive: OutputReceiver
+) -> Iterator[None]:
+    """Report every outlet's input with the size of its output and the gradient there, (batch,
+    tokens, outputs), in each backward pass of the context; for within `gate_gradients`.
     """
     with ExitStack() as stack:
         for group in anatomy:
@@ -224,7 +229,9 @@ def output_gradients(model: PreTrainedModel, anatomy: Anatomy, receive: Receiver
                 output: torch.Tensor,
                 group: Group = group,
             ) -> torch.Tensor:
-                return _watched(output, args[0].detach(), functools.partial(receive, group))
+                wide = torch.promote_types(output.dtype, torch.float32)
+                size = torch.linalg.vector_norm(output.detach(), dim=-1, dtype=wide)
+                return _watched(output, args[0].detach(), functools.partial(receive, group, size))
 
             stack.callback(outlet_of(model, group).register_forward_hook(watch).remove)
         yield

@@ -7,6 +7,11 @@ Kurtic et al. 2023, "ZipLM", arXiv:2302.04089. The error counts as far as the lo
 directions by the second moment of the loss's gradient there, tokens by its squared norm. That is
 the Kronecker-factored curvature of Martens and Grosse 2015, arXiv:1503.05671, with each token's own
 weight left in the inputs' factor.
+
+Errors are taken relative to the size of the outlet's output at each token, and gradients times that
+size, which leaves their product as it is. Sizes can differ a thousandfold: where a norm follows the
+outlet, as in Gemma 3, the first token's output is tiny and its gradient huge, and without this one
+token would decide which directions count.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from hfprune.importance.losses import Batch, by_example, is_decoder, padding_mask
-from hfprune.structure.anatomy import Block, Group
+from hfprune.structure.anatomy import Group
 
 DAMPING = 0.01
 """Added to the inputs' second moments, relative to their mean; as the ridge of compensation."""
@@ -33,10 +38,10 @@ class Moments:
     """Second moments at one outlet, float64 sums over calibration tokens.
 
     Attributes:
-        inputs: (columns + 1, columns + 1) of the inputs and a constant one, each token weighted by
-            half its own squared gradient and half the mean of its example: few tokens of the last
-            layer have a gradient.
-        gradients: (outputs, outputs) of the loss's gradient at the outlet's output.
+        inputs: (columns + 1, columns + 1) of the inputs and a constant one over the output's size,
+            each token weighted by half its own squared gradient and half the mean of its example:
+            few tokens of the last layer have a gradient.
+        gradients: (outputs, outputs) of the loss's gradient at the outlet's output times its size.
     """
 
     inputs: torch.Tensor
@@ -72,18 +77,23 @@ class MomentSums:
         """Tell which batch the coming gradients belong to."""
         self._batch = batch
 
-    def receive(self, group: Group | Block, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Add one outlet's input and the gradient of its output, (batch, tokens, features) or
-        without a dimension for the batch.
+    def receive(
+        self, group: Group, size: torch.Tensor, inputs: torch.Tensor, gradient: torch.Tensor
+    ) -> None:
+        """Add one outlet's input and the gradient of its output, (batch, tokens, features), with
+        the output's size, (batch, tokens); or each without a dimension for the batch.
         """
-        inputs, gradient = (by_example(self._batch, t) for t in (inputs, gradient))
+        size, inputs, gradient = (
+            by_example(self._batch, t) for t in (size[..., None], inputs, gradient)
+        )
         wide = torch.promote_types(inputs.dtype, torch.float32)
-        x, g = inputs.to(wide), gradient.to(wide)
+        x, g = inputs.to(wide), gradient.to(wide) * size
         weight = g.square().sum(dim=-1)  # (batch, tokens)
         mask = padding_mask(self._batch, x, is_decoder(self._model, group))
         real = torch.ones_like(weight) if mask is None else mask.to(wide)
         mean = weight.sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp(min=1)
-        weight = (weight + mean * real) / 2
+        size = size.squeeze(-1)
+        weight = ((weight + mean * real) / 2 / size.square()).where(size > 0, 0.0)
         x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1).flatten(0, 1)
         g = g.flatten(0, 1)
         found = Moments(((x * weight.flatten()[:, None]).T @ x).double(), (g.T @ g).double())

@@ -7,10 +7,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ParamSpec
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,6 @@ from hfprune.importance.criteria import (
 )
 from hfprune.importance.diagnosis import check_finite, warn_if_unsettled
 from hfprune.importance.gates import (
-    Receiver,
     frozen,
     gate_gradients,
     outlet_of,
@@ -57,6 +57,8 @@ from hfprune.structure.anatomy import (
     moe_of,
     slices,
 )
+
+P = ParamSpec("P")
 
 _META = "scores.json"
 _TENSORS = "scores.safetensors"
@@ -252,10 +254,10 @@ class Gathering:
                 stack.enter_context(output_gradients(self._model, anatomy, outputs))
             yield
 
-    def _unless_ignored(self, receive: Receiver) -> Receiver:
-        def filtered(part: Group | Block, values: torch.Tensor, gradient: torch.Tensor) -> None:
+    def _unless_ignored(self, receive: Callable[P, None]) -> Callable[P, None]:
+        def filtered(*args: P.args, **kwargs: P.kwargs) -> None:
             if not self._ignored:
-                receive(part, values, gradient)
+                receive(*args, **kwargs)
 
         return filtered
 

@@ -104,19 +104,41 @@ def test_moments_are_what_autograd_says():
     (2 * model(**batch).loss).backward()
     hook.remove()
     inputs = torch.zeros(outlet.in_features + 1, outlet.in_features + 1, dtype=torch.float64)
-    for x, g, mask in zip(seen["x"], seen["y"].grad, batch["attention_mask"], strict=True):
-        x, g = x[mask.bool()], g[mask.bool()]
-        one = torch.cat([x, torch.ones(len(x), 1)], dim=1)
+    size = seen["y"].detach().norm(dim=-1, keepdim=True)
+    relative = seen["y"].grad * size
+    one = torch.cat([seen["x"], torch.ones_like(size)], dim=-1).detach() / size
+    for row, g, mask in zip(one, relative, batch["attention_mask"], strict=True):
+        row, g = row[mask.bool()], g[mask.bool()]
         own = g.square().sum(dim=1)
-        for token, weight in zip(one, (own + own.mean()) / 2, strict=True):
+        for token, weight in zip(row, (own + own.mean()) / 2, strict=True):
             inputs += weight * torch.outer(token, token)
-    gradients = seen["y"].grad.flatten(0, 1)
+    gradients = relative.flatten(0, 1)
     model.zero_grad()
     found = moments_of(model, [batch])[name]
     torch.testing.assert_close(found.inputs, inputs, **CLOSE)
     torch.testing.assert_close(found.gradients, gradients.T @ gradients, **CLOSE)
     split = moments_of(model, [{k: v[n : n + 1] for k, v in batch.items()} for n in range(2)])[name]
     torch.testing.assert_close(split.inputs, found.inputs, **CLOSE)
+
+
+def test_the_size_of_a_tokens_output_decides_nothing():
+    """Behind a norm an output may be small and its gradient large: their product is what counts."""
+    model = tiny.model("gemma3_text").double()
+    group, batch = next(iter(Anatomy.of(model))), tiny.batch(model)
+    inputs = torch.randn(*batch["input_ids"].shape, 6, dtype=torch.float64)
+    outputs, gradient = torch.randn(2, *batch["input_ids"].shape, 4, dtype=torch.float64)
+    found = []
+    for small in (1.0, 1e-3):
+        scale = torch.ones(*outputs.shape[:2], 1, dtype=torch.float64)
+        scale[:, 0] = small
+        sums = MomentSums(model)
+        sums.start(batch)
+        sums.receive(group, (outputs * scale).norm(dim=-1), inputs * scale, gradient / scale)
+        # The constant one of the bias has no such scale.
+        found.append(
+            (sums.moments[group.name].inputs[:-1, :-1], sums.moments[group.name].gradients)
+        )
+    torch.testing.assert_close(found[1], found[0], **CLOSE)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "olmoe"])
