@@ -83,7 +83,7 @@ def publish_family(
     """
     if kind not in get_args(Kind):
         raise PublishError(unknown("kind of family", kind, get_args(Kind)))
-    folder, terms = Path(run), Terms(private, False, token, None, license, verify, say)
+    folder, terms = Path(run), Terms(private, license=license, verify=verify, say=say)
     members = members_of(folder)
     places = {member.size: (f"{repo_id}-{member.size}", MAIN) for member in members}
     if kind == "revisions":

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -90,7 +91,7 @@ def publish(
     """
     if create_pr and revision not in (None, MAIN):
         raise PublishError("A pull request goes to the main branch; give no revision with it.")
-    terms = Terms(private, create_pr, token, parent_commit, license, verify, say)
+    terms = Terms(private, create_pr, parent_commit, license, verify, say)
     branch = revision or MAIN
     with packed(source, processor) as parcel:
         tell([f"left out, no part of the model: {name}" for name in parcel.left_out], say)
@@ -108,7 +109,6 @@ class Terms:
 
     private: bool | None = None
     create_pr: bool = False
-    token: str | None = None
     parent_commit: str | None = None
     license: str | None = None
     verify: bool = True
@@ -138,9 +138,9 @@ class Order:
     gone: list[str]
     warnings: list[str]
 
-    @property
+    @cached_property
     def is_there(self) -> bool:
-        """Whether the branch has exactly these files already."""
+        """Whether the branch has exactly these files already; it reads all weights once."""
         known = self.there.files
         return not self.gone and all(same(file, known.get(p)) for p, file in self.files.items())
 

@@ -142,10 +142,9 @@ def result_of(run: Path) -> str:
 def report_of(model: Path, papers: Path) -> Report | None:
     """The report that lies in a folder, if its result is this model, with these weights."""
     try:
-        text = (papers / REPORT).read_text(encoding="utf-8")
-    except FileNotFoundError:
+        report = Report.from_dict(json.loads((papers / REPORT).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or of another program
         return None
-    report = Report.from_dict(json.loads(text))
     return report if report.result.weights == weights_of(model) else None
 
 

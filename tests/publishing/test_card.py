@@ -261,6 +261,9 @@ def test_a_report_of_other_weights_is_not_published(run, tmp_path):
         assert {"report.json", "report.md"} <= set(parcel.left_out)
     assert data_of(tmp_path / "there").eval_results is None
     assert "was not measured" in text_of(tmp_path / "there")
+    for other in ("{}", "[]", "none of ours"):
+        (tmp_path / "there" / "report.json").write_text(other)
+        assert "was not measured" in text_of(tmp_path / "there")
     # In a run, that is a result that was made anew, and not yet measured.
     anew = shutil.copytree(run, tmp_path / "run")
     saved.save(anew / "distilled", seed=1)
