@@ -129,7 +129,7 @@ def test_a_family_goes_on_after_a_network_that_died(hub, run, kind, change):
 def test_a_run_of_one_size_is_no_family(hub, tmp_path):
     with pytest.raises(PublishError, match=r"one size, macs=50%.*without --family"):
         quietly(saved.run(tmp_path / "run"))
-    with pytest.raises(PublishError, match="collections'. Did you mean 'collection'"):
+    with pytest.raises(PublishError, match=r"collections'\. Did you mean 'collection'"):
         quietly(tmp_path, kind="collections")
     with pytest.raises(PublishError, match="not the folder of a run"):
         quietly(saved.save(tmp_path / "model"))
