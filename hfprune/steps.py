@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,26 +23,24 @@ from hfprune.data import (
     load_splits,
 )
 from hfprune.errors import BudgetError, RecipeError
-from hfprune.evaluation.evaluate import Difference, Quality, model_inputs, paired_difference
-from hfprune.evaluation.hardware import machine
-from hfprune.evaluation.measure import check_length, measure_side_by_side
+from hfprune.evaluation.evaluate import model_inputs
+from hfprune.evaluation.measure import check_length
+from hfprune.findings import Findings
 from hfprune.importance.criteria import criterion_named
 from hfprune.importance.scoring import Scores, score
 from hfprune.planning.latency import LatencyTable, measure_latency
 from hfprune.planning.plan import PruningPlan
 from hfprune.planning.solve import Constraints, plan
 from hfprune.processes import Processes
-from hfprune.pruning import preview, remove
+from hfprune.pruning import remove
 from hfprune.publishing.figures import draw_kept, kept_as_text
 from hfprune.publishing.page import write_page
 from hfprune.publishing.reload import WAYS, reload_and_compare
-from hfprune.publishing.report import CurvePoint, Judged, Report, Variant, weights_of
-from hfprune.publishing.units import Pruning
+from hfprune.publishing.report import Report
 from hfprune.recipe import FREE, Recipe
 from hfprune.recovery.compensation import compensate
 from hfprune.rounds import Round, budget_on_given, constraints_on_given, in_all
 from hfprune.structure.checkpoint import from_pretrained, remember_origin
-from hfprune.structure.cost import counted_macs
 from hfprune.tasks import Processor, task_named
 from hfprune.training import Training
 
@@ -244,6 +241,22 @@ class Steps:
         return Training(self.recipe, self.task, self.splits, self.collate, self.processes)
 
     @property
+    def done(self) -> dict[str, Any]:
+        """What the run has done; see `steps_done`."""
+        return steps_done(self.folder)
+
+    @property
+    def energy(self) -> dict[str, float]:
+        """Joules of every step up to the last model; {} if one of them could not be read."""
+        done, artefacts = self.done, [step.artefact for step in self.listed()]
+        found = {
+            artefact: done.get(artefact, {}).get("joules")
+            for artefact in artefacts[: artefacts.index(self.last) + 1]
+        }
+        known = {artefact: joules for artefact, joules in found.items() if joules is not None}
+        return known if len(known) == len(found) and any(known.values()) else {}
+
+    @property
     def scores(self) -> Scores:
         """The scores of the dense model."""
         return self.scores_of(self.rounds[0])
@@ -292,7 +305,7 @@ class Steps:
         self._resolved("model", getattr(model.config, "_commit_hash", None))
         self.constraints.check(model)
         if self.recipe.measure.lengths:
-            check_length(model, self._probe(), max(self.recipe.measure.lengths))
+            check_length(model, self.probe(), max(self.recipe.measure.lengths))
         if self.recipe.finetune:
             self.training.finetune(model, checkpoints_of(path))
         self.save(model, path)
@@ -372,7 +385,7 @@ class Steps:
             constraints = constraints_on_given(constraints, earlier)
         made = plan(given, scores, budget, self.recipe.prune.criterion, constraints, latency=table)
         if this.first:
-            self._curve_plans(given, scores)  # what no plan can meet shows now, not at the report
+            self.curve_plans(given, scores)  # what no plan can meet shows now, not at the report
         self.processes.agree("the plan", made.fingerprint)
         if self.processes.main:
             made.save(path)
@@ -422,128 +435,24 @@ class Steps:
         """Load the result by hfprune and without it, in fresh processes, and compare logits."""
         without = "stock" if self.plan.uniform else "remote-code"
         found = reload_and_compare(
-            self.folder / self.last, self.model(self.last), self._probe(), ["hfprune", without]
+            self.folder / self.last, self.model(self.last), self.probe(), ["hfprune", without]
         )
         path.write_text(
             json.dumps({"model": self.last, "largest_logit_difference": found}, indent=2) + "\n"
         )
         self.say(f"  equal logits by hfprune.from_pretrained and by {WAYS[without]}: {found}")
 
-    def _probe(self) -> dict[str, torch.Tensor]:
+    def probe(self) -> dict[str, torch.Tensor]:
+        """A few test examples, without their answers."""
         batch = Batches(self.splits["test"], self.collate, 8)[0]
         return model_inputs(batch, torch.device("cpu"))
 
-    def _one_of(self, model: PreTrainedModel, tokens: int) -> dict[str, torch.Tensor]:
-        """One example of so many tokens, whose MACs are counted; a decoder gets as many."""
-        if self.task.reads != "text":
-            return {name: tensor[:1] for name, tensor in self._probe().items()}
-        one = {"input_ids": torch.full((1, tokens), self.processor.pad_token_id or 0)}
-        one["attention_mask"] = torch.ones_like(one["input_ids"])
-        if model.config.is_encoder_decoder:
-            one["decoder_input_ids"] = one["input_ids"]
-        return one
-
     def make_report(self, path: Path) -> None:
         """Quality and cost of every variant, side by side."""
-        start = time.perf_counter()
-        models = {name: self.model(name) for name in self.variants}
-        plan, scores = self.plan, self.scores
-        compared = self._curve_plans(models["dense"], scores)
-        quality = {name: self._judge(model) for name, model in models.items()}
-        also = {name: self._judge_also(model) for name, model in models.items()}
-        sizes = self.recipe.measure.batch_sizes
-        sample = self.splits["test"].shuffle(seed=self.recipe.seed)
-        timed = {size: Batches(sample, self.collate, size, size)[0] for size in sizes}
-        measured = measure_side_by_side(
-            models,
-            timed,
-            folders={name: self.folder / name for name in self.variants},
-            lengths=self.recipe.measure.lengths,
-            repeats=self.recipe.measure.repeats,
-            threads=self.recipe.measure.threads or None,
-        )
-        tokens = plan.tokens
-        one = self._one_of(models["dense"], tokens)
-        seconds = {name: entry["seconds"] for name, entry in steps_done(self.folder).items()}
-        report = Report(
-            variants=tuple(
-                Variant(
-                    name=name,
-                    quality=quality[name],
-                    difference=self._difference(name, quality["dense"], quality[name]),
-                    params=sum(p.numel() for p in models[name].parameters()),
-                    macs=counted_macs(models[name], one),
-                    measured=measured[name],
-                    weights=weights_of(self.folder / name),
-                    also={
-                        kind: Judged(found, self._difference(name, also["dense"][kind], found))
-                        for kind, found in also[name].items()
-                    },
-                )
-                for name in self.variants
-            ),
-            tokens=tokens,
-            machine=machine(),
-            seconds=seconds | {"report.json": round(time.perf_counter() - start, 1)},
-            pruning=Pruning.of(plan, scores),
-            recipe=self.recipe.to_dict(),
-            energy=self.energy,
-            carbon_intensity=self.recipe.measure.carbon_intensity,
-            curve=self._curve(quality, models["dense"], compared),
-        )
+        report = Findings(self).report()
         path.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
 
-    @property
-    def energy(self) -> dict[str, float]:
-        """Joules of every step up to the last model; {} if one of them could not be read."""
-        done, artefacts = steps_done(self.folder), [step.artefact for step in self.listed()]
-        found = {
-            artefact: done.get(artefact, {}).get("joules")
-            for artefact in artefacts[: artefacts.index(self.last) + 1]
-        }
-        known = {artefact: joules for artefact, joules in found.items() if joules is not None}
-        return known if len(known) == len(found) and any(known.values()) else {}
-
-    def _judge(self, model: PreTrainedModel) -> Quality:
-        """The quality of a model on the test split."""
-        return self.task.judge(model, self.test, self.recipe.seed)
-
-    def _judge_also(self, model: PreTrainedModel) -> dict[str, Quality]:
-        """The quality of a model on data of other kinds."""
-        return {
-            kind: self.task.judge(model, batches, self.recipe.seed)
-            for kind, batches in self.also.items()
-        }
-
-    def _difference(self, name: str, dense: Quality, found: Quality) -> Difference | None:
-        """Of a variant to the dense model on the same examples; None for the dense model."""
-        return None if name == "dense" else paired_difference(dense, found, seed=self.recipe.seed)
-
-    def _curve(
-        self,
-        quality: Mapping[str, Quality],
-        dense: PreTrainedModel,
-        compared: Sequence[PruningPlan],
-    ) -> tuple[CurvePoint, ...]:
-        """Quality over the share of the MACs that stays: after every round, where there are
-        several, and of the plans that the recipe asks to compare.
-        """
-        found: list[tuple[str, float, Quality]] = []
-        if len(self.rounds) > 1:
-            found += [
-                ("recovered", self.plan_of(r).macs_share, quality[r.path(r.result)])
-                for r in self.rounds
-            ]
-        for made in compared:
-            with preview(dense, made):
-                found.append((made.criterion, made.macs_share, self._judge(dense)))
-        if found:
-            found.insert(0, ("dense", 1.0, quality["dense"]))
-        return tuple(
-            CurvePoint(share, q.value, q.low, q.high, series) for series, share, q in found
-        )
-
-    def _curve_plans(self, dense: PreTrainedModel, scores: Scores) -> list[PruningPlan]:
+    def curve_plans(self, dense: PreTrainedModel, scores: Scores) -> list[PruningPlan]:
         """The plans of `measure.curve`, which are judged by closed gates and before any recovery.
 
         Raises:

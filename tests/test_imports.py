@@ -21,6 +21,7 @@ FLOORS = (
         "pruning",
         "rounds",
         "training",
+        "findings",
         "steps",
         "pipeline",
     },
