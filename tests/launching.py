@@ -98,7 +98,5 @@ def launch(script, *arguments, options=(), timeout=120):
 
 
 def losses(said):
-    """The held-out losses that a Trainer printed. Its final `train_loss` is no such thing: of the
-    steps since it last logged it holds the first process's share alone.
-    """
-    return [float(loss) for loss in re.findall(r"'eval_loss': '([\d.e-]+)'", said)]
+    """The held-out losses that a Trainer printed, and the mean loss of its whole training."""
+    return [float(loss) for loss in re.findall(r"'(?:eval|train)_loss': '([\d.e-]+)'", said)]

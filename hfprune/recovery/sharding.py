@@ -37,7 +37,7 @@ class ShardableTrainer(Trainer):
     """A Trainer whose checkpoints can be loaded back, on any number of processes, and that FSDP2
     may shard.
 
-    Give it the model that `spread` yields.
+    FSDP changes modules for good: train the model that `spread` yields, to have one's own back.
 
     Raises:
         HfpruneError: a setting of FSDP is not supported, or DeepSpeed was asked for.
@@ -72,21 +72,28 @@ class ShardableTrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_fsdp_enabled:
-            if not isinstance(self.model, PreTrainedModel):
-                raise RecipeError(
-                    f"FSDP was asked for, and the model is a {type(self.model).__name__}: adapters "
-                    "are not sharded here. Leave lora out, or start without FSDP."
-                )
-            plugin = self.accelerator.state.fsdp_plugin
-            plugin.transformer_cls_names_to_wrap = (
-                plugin.transformer_cls_names_to_wrap or _layer_classes(self.model)
-            )
+            self._prepare_sharding()
         return super()._prepare_for_training(*args, **kwargs)
+
+    def _prepare_sharding(self) -> None:
+        """Say which modules to shard one by one, and leave out what cannot be sharded."""
+        if not isinstance(self.model, PreTrainedModel):
+            raise RecipeError(
+                f"FSDP was asked for, and the model is a {type(self.model).__name__}: adapters are "
+                "not sharded here. Leave lora out, or start without FSDP."
+            )
+        for parameter in self.model.parameters():
+            if not parameter.numel():  # torch 2.13 cannot scatter gradients without elements
+                parameter.requires_grad_(False)
+        plugin = self.accelerator.state.fsdp_plugin
+        plugin.transformer_cls_names_to_wrap = (
+            plugin.transformer_cls_names_to_wrap or _layer_classes(self.model)
+        )
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
         """Make the optimizer, without the tensors of emptied layers: they have nothing to learn.
 
-        They cannot be sharded (see `spread`), and its state must be the same with and without FSDP.
+        They are not sharded, and its state must be the same with and without FSDP.
         """
         empty = [p for p in self.model.parameters() if p.requires_grad and not p.numel()]
         for parameter in empty:
@@ -238,12 +245,9 @@ def spread(model: PreTrainedModel, args: TrainingArguments) -> Iterator[PreTrain
     if not _asked(args):
         yield model
         return
-    taken = {}
-    for parameter in model.parameters():
-        # Emptied layers have nothing to learn, and torch 2.13 cannot scatter gradients without
-        # elements.
-        learns = parameter.requires_grad and parameter.numel() > 0
-        taken[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=learns)
+    taken = {
+        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()
+    }
     trained = copy.deepcopy(model, taken)
     for parameter in model.parameters():
         parameter.data = parameter.data.new_empty(0)

@@ -19,7 +19,7 @@ from hfprune.recovery.gradual import GradualPruning
 from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.surgery import copy_and_cut
 from tests import tiny
-from tests.launching import FSDP, leave, torchrun
+from tests.launching import FSDP, leave, together, torchrun
 from tests.trained import At, collate, examples
 
 peft = pytest.importorskip("peft")
@@ -120,6 +120,34 @@ def two_process_main(folder):
             found = {"log": log, "kept": result.metrics["kept_step"], "loss": result.training_loss}
             (folder / family / "found.json").write_text(json.dumps(found))
     refused(folder / "refused")
+
+
+SMOKE = """
+import os
+
+os.environ.update({variables})
+from hfprune.recovery.distillation import DistillationArguments, distill
+from tests.recovery.test_sharding import SeesShards, pair
+from tests.launching import leave
+from tests.trained import collate, examples
+
+student, teacher = pair("bert")
+before = {{name: tensor.clone() for name, tensor in student.state_dict().items()}}
+sees = SeesShards(sum(p.numel() for p in student.parameters()))
+args = DistillationArguments({folder!r}, max_steps=1, per_device_train_batch_size=2, use_cpu=True)
+distill(student, teacher, examples("bert", 4), args=args, data_collator=collate, callbacks=[sees])
+after = student.state_dict()
+print(sees.steps, len(before), sum(not after[name].equal(before[name]) for name in before))
+leave()
+"""
+
+
+def test_a_student_is_sharded_and_comes_back_whole(tmp_path):
+    variables = FSDP | {"ACCELERATE_USE_CPU": "true"}
+    for status, out, err in together(SMOKE.format(variables=variables, folder=str(tmp_path))):
+        assert status == 0, err
+        steps, tensors, moved = map(int, out.splitlines()[-1].split())
+        assert steps == 1 and tensors / 2 < moved < tensors, "emptied layers stay"
 
 
 def refused(folder):
