@@ -11,7 +11,7 @@ stays in runs/: a second call goes on where the first one stopped; remove a fold
 It prints a table of accuracies and one of what is left (compare.md), and draws the accuracies
 (compare.png).
 
-optipfair 0.4.2 prunes gated FFNs only, which BERT has not, and is no part of this.
+optipfair 0.4.2 prunes gated FFNs only, which BERT has not: benchmarks/language.py has it.
 """
 
 from __future__ import annotations
@@ -62,14 +62,15 @@ COMPETITORS = {
     },
 }
 """Module of `competitors` -> its methods and their names in the table."""
-DRAWN = (
-    "hfprune, reconstruction, compensated",
-    "Kwon et al., mask tuning",
-    "TextPruner, uneven",
-    "TextPruner, even",
-    "Torch-Pruning, Taylor, bottleneck",
-    "Torch-Pruning, magnitude, bottleneck",
-)
+DRAWN = {
+    "hfprune, reconstruction, compensated": "hfprune",
+    "Kwon et al., mask tuning": "Kwon et al.",
+    "TextPruner, uneven": "TextPruner, uneven",
+    "TextPruner, even": "TextPruner, even",
+    "Torch-Pruning, Taylor, bottleneck": "Torch-Pruning, Taylor",
+    "Torch-Pruning, magnitude, bottleneck": "Torch-Pruning, norm",
+}
+"""Names in the table -> shorter ones in the figure."""
 
 
 def main() -> None:
@@ -302,8 +303,8 @@ def points(rows: Mapping[str, Sequence[Result]], dense: list[float]) -> list[Cur
     for row in (row for row in DRAWN if row in rows):
         for budget in {result.budget for result in rows[row]}:
             values = [r.accuracy for r in rows[row] if r.budget == budget]
-            point = CurvePoint(budget, statistics.mean(values), min(values), max(values), row)
-            made.append(point)
+            ends = min(values), max(values)
+            made.append(CurvePoint(budget, statistics.mean(values), *ends, DRAWN[row]))
     return made
 
 
