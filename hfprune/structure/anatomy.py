@@ -331,17 +331,18 @@ def _experts(layer: nn.Module, stack: Stack, number: int, index: int) -> list[Bl
 
 def _read_layers(model: PreTrainedModel, stack: Stack, count: int) -> tuple[int, tuple[int, ...]]:
     """How many layers of a stack anybody reads, and which of all must stay."""
+    pinned = {layer for layer in stack.pinned if layer < count}
     if stack.tapped:
-        config = config_of(model.config, stack)
-        return count, tuple(sorted({*stack.pinned, *getattr(config, stack.tapped)}))
-    if not stack.read:
-        return count, tuple(n for n in stack.pinned if n < count)
-    said = getattr(model.config, stack.read)
-    if not isinstance(said, int) or said >= 0:  # counted from the front: none may move
-        said = max(said, default=-1) if isinstance(said, list | tuple) else said
-        return count if said < 0 else said, tuple(range(count))
-    read = count + 1 + said  # the embeddings' output is number 0
-    return read, tuple(range(read, count))
+        pinned |= {*getattr(config_of(model.config, stack), stack.tapped)}
+    read = count
+    if stack.read:
+        said = getattr(model.config, stack.read)
+        outputs = [said] if isinstance(said, int) else said
+        # The embeddings' output is number 0.
+        read = max(output if output >= 0 else count + 1 + output for output in outputs)
+        moves_along = len(outputs) == 1 and outputs[0] < 0  # when a layer before it goes
+        pinned |= {*range(read if moves_along else 0, count)}
+    return read, tuple(sorted(pinned))
 
 
 def _without_units(stack: Stack) -> Stack:

@@ -54,6 +54,10 @@ def test_layers_that_nobody_reads_have_no_units_and_stay():
     anatomy = Anatomy.of(model)
     assert anatomy.stacks[0].pinned == (0, 1, 2)
     assert {g.layer for g in anatomy if g.stack == 0} == {0}
+    model.config.vision_feature_layer = [-2, -3]
+    anatomy = Anatomy.of(model)
+    assert anatomy.stacks[0].pinned == (0, 1, 2)
+    assert {g.layer for g in anatomy if g.stack == 0} == {0, 1}
 
 
 def test_layers_with_full_attention_are_numbered_anew():
