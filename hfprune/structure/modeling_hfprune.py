@@ -476,12 +476,15 @@ def probe(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
         for kernel, stride in zip(config.conv_kernel[::-1], config.conv_stride[::-1], strict=True):
             samples = (samples - 1) * stride + kernel
         inputs["input_values"] = noise((2, samples))
+    if model.main_input_name == "input_values" and hasattr(config, "num_mel_bins"):
+        inputs["input_values"] = noise((2, config.max_length, config.num_mel_bins))
     if model.main_input_name == "input_features" and hasattr(config, "max_source_positions"):
         inputs["input_features"] = noise((2, config.num_mel_bins, 2 * config.max_source_positions))
     if model.main_input_name == "pixel_values" or images is not config:
         size = (size, size) if type(size) is int else size
         if isinstance(size, list | tuple):
-            inputs["pixel_values"] = noise((2, channels, *size))
+            frames = (images.num_frames,) if hasattr(images, "num_frames") else ()
+            inputs["pixel_values"] = noise((2, *frames, channels, *size))
         elif type(patches) is int:  # siglip2 reads patches, and how many lie in each direction
             inputs["pixel_values"] = noise((2, patches, channels * images.patch_size**2))
             inputs["pixel_attention_mask"] = torch.ones(2, patches, dtype=torch.long)
@@ -513,6 +516,8 @@ def _with_images(
         sizes = torch.tensor([pixels.shape[-2:]] * 2)
         ways = [{"pixel_values": pixels}, {"pixel_values": pixels, "image_sizes": sizes}]
         ways += [{"pixel_values": pixels[:, None]}]  # idefics3: several images for a text
+        parts = pixels[:, None].repeat(1, 5, 1, 1, 1)  # llava_next: the whole and its parts
+        ways += [{"pixel_values": parts, "image_sizes": sizes}]
     texts = texts.masked_fill(texts == config.image_token_id, 0)
     for images in ways:
         try:

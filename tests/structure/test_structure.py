@@ -544,6 +544,8 @@ def test_the_table_of_a_model_lists_its_experts():
         ("siglip2", "input_ids, pixel_values, pixel_attention_mask, spatial_shapes"),
         ("wav2vec2", "input_values"),
         ("hubert", "input_values"),
+        ("audio-spectrogram-transformer", "input_values"),
+        ("vivit", "pixel_values"),
         ("whisper", "input_features, decoder_input_ids"),
         ("gemma3", "input_ids, pixel_values"),
         ("llava", "input_ids, pixel_values"),
@@ -551,7 +553,7 @@ def test_the_table_of_a_model_lists_its_experts():
         ("internvl", "input_ids, pixel_values"),
         ("mistral3", "input_ids, pixel_values, image_sizes"),
         ("qwen2_vl", "input_ids, pixel_values, image_grid_thw, mm_token_type_ids"),
-        ("llava_next", "input_ids"),
+        ("llava_next", "input_ids, pixel_values, image_sizes"),
     ],
 )
 def test_saving_says_what_it_compared(family, read, tmp_path, caplog):
