@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hfprune.errors import PublishError
 from hfprune.publishing.parcel import SHIM, Parcel
 from hfprune.publishing.rendering import template
+from hfprune.publishing.wording import kilowatt_hours
 from hfprune.structure.modeling_hfprune import KEY
 
 if TYPE_CHECKING:
@@ -157,22 +158,15 @@ def _source_of(emissions: Any) -> Any:
 
 def _emissions(report: Report | None) -> dict[str, Any]:
     """What the Hub shows as the carbon footprint; {} where it is not known."""
-    if report is None or report.emissions is None:
+    if report is None or report.kilowatt_hours is None or report.emissions is None:
         return {}
+    drawn = kilowatt_hours(report.kilowatt_hours, report.carbon_intensity)
     return {
         "emissions": float(f"{report.emissions:.3g}"),
-        "source": f"{_OUR_COUNT}: {_drawn(report)}",
+        "source": f"{_OUR_COUNT}: {drawn}",
         "training_type": "fine-tuning",
         "hardware_used": str(report.machine.get("CPU", "CPU")),
     }
-
-
-def _drawn(report: Report) -> str:
-    """Energy and emissions in words."""
-    found = f"{report.kilowatt_hours:.3g} kWh by the processors' own counters"
-    if report.emissions is None:
-        return found
-    return f"{found}, at {report.carbon_intensity:g} g of CO2 equivalent per kWh"
 
 
 def _listed(value: Any) -> list[Any]:
@@ -318,8 +312,9 @@ def _made(parcel: Parcel) -> list[str]:
         lines.append("The weights that stay were refitted by least squares on the same examples.")
     if distill:
         lines.append(f"It was distilled from the dense model: {_training(distill)}.")
-    if parcel.report and parcel.report.energy:
-        lines.append(f"All steps up to this model drew {_drawn(parcel.report)}.")
+    if parcel.report and parcel.report.kilowatt_hours is not None:
+        drawn = kilowatt_hours(parcel.report.kilowatt_hours, parcel.report.carbon_intensity)
+        lines.append(f"All steps up to this model drew {drawn}.")
     where = " Hardware and versions stand below the table." if parcel.report else ""
     lines.append(f"Seed {recipe['seed']}.{where}")
     return [*lines, "`recipe.yaml` holds every setting; `hfprune run recipe.yaml` does it again."]

@@ -39,7 +39,7 @@ from hfprune.publishing.panels import (
     unit_of,
 )
 from hfprune.publishing.units import MARKS, units_of
-from hfprune.publishing.wording import duration, milliseconds
+from hfprune.publishing.wording import duration, kilowatt_hours, milliseconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -340,11 +340,15 @@ def _latency(
 def _of_time(report: Report) -> Picture:
     title, seconds = "Where the time went", report.seconds
     listed = "; ".join(f"{name}: {duration(value)}" for name, value in seconds.items())
+    drew = ""
+    if report.kilowatt_hours is not None:
+        energy = kilowatt_hours(report.kilowatt_hours, report.carbon_intensity)
+        drew = f" The steps up to the last model drew {energy}."
     return Picture(
         "time",
         title,
         "The time of each step, named by what it left in the run's folder;"
-        f" {duration(sum(seconds.values()))} in all.",
+        f" {duration(sum(seconds.values()))} in all.{drew}",
         f"Seconds of each step. {listed}.",
         _single(title, 1.0 + 0.24 * len(seconds), lambda axes: draw_seconds(axes, seconds)),
     )

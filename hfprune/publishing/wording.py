@@ -22,6 +22,14 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:,.1f} ms"
 
 
+def kilowatt_hours(drawn: float, carbon_intensity: float | None) -> str:
+    """Energy, and the grams of CO2 equivalent per kWh that it is told with."""
+    found = f"{drawn:.3g} kWh by the processors' own counters"
+    if carbon_intensity is None:
+        return found
+    return f"{found}, at {carbon_intensity:g} g of CO2 equivalent per kWh"
+
+
 def verdict(dense: Quality, result: Quality, difference: Difference) -> str:
     """Whether a result is better, worse or the same, as far as the test examples tell."""
     metric = difference.metric

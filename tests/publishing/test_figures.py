@@ -94,6 +94,13 @@ def test_a_report_has_every_picture(drawn):
     assert {"kept-experts", "importance-experts"} <= {p.name for p in moe}
 
 
+def test_energy_is_told_beside_the_time_where_it_was_read(drawn):
+    assert "kWh" not in drawn["time"].caption
+    read = make(pruning=None, curve=(), energy={"dense": 7.2e6}, carbon_intensity=50.0)
+    (time,) = (p for p in pictures(read) if p.name == "time")
+    assert "drew 2 kWh by the processors' own counters, at 50 g of CO2" in time.caption
+
+
 def test_every_picture_is_told_in_words(drawn):
     for picture in drawn.values():
         root = tree(picture)
