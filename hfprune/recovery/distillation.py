@@ -61,12 +61,12 @@ class DistillationTrainer(ShardableTrainer):
 
     The teacher runs in eval mode under no_grad, in its own dtype, on the student's device; it is
     never wrapped, optimised or saved. The student has no dropout while it learns, unless
-    `args.dropout`: a small one needs all it has to answer as the teacher does. In evaluation there
-    is no teacher: `eval_loss` is the model's own loss on held-out labels. A model without a head,
-    as `AutoModel` loads it, has neither labels nor logits: it learns the teacher's sentence
-    embeddings (`embedding_weight`), `eval_loss` is their distance on held-out texts, and
-    `compute_metrics` is given the embeddings, (examples, width), as predictions. With
-    `args.load_best_model_at_end` the student as it came competes, as checkpoint-0.
+    `args.dropout`: that costs time and brings it no nearer to the teacher. In evaluation there is
+    no teacher: `eval_loss` is the model's own loss on held-out labels. A model without a head, as
+    `AutoModel` loads it, has neither labels nor logits: it learns the teacher's sentence embeddings
+    (`embedding_weight`), `eval_loss` is their distance on held-out texts, and `compute_metrics` is
+    given the embeddings, (examples, width), as predictions. With `args.load_best_model_at_end` the
+    student as it came competes, as checkpoint-0.
 
     Exactness: every part is a mean over what it counts (labels that are not -100, examples, or
     positions that are not padding) in the whole accumulated batch of all processes. So N
