@@ -9,11 +9,6 @@ et al. 2017, arXiv:1707.06168). The target is the dense model's residual stream 
 not the outlet's own output: so each outlet also takes back the error that earlier layers left in
 the stream.
 
-Where a norm stands between the outlet and the stream, as in Gemma 3, it divides each token's output
-by its size. There the target is the dense outlet's own output, and a token counts by what the norm
-makes of its error: by the square of the factor that the norm applied to it in the dense model. Else
-tokens with small outputs, such as the first one on which attention rests, would be lost.
-
 Fits are judged on a held-out part of the batches. It chooses the ridge, which pulls to the weights
 as they are, and leaves an outlet alone where no fit is better there than what it has.
 """
@@ -44,34 +39,6 @@ logger = logging.getLogger(__name__)
 
 HELD_OUT = 5
 """One batch in so many is held out to choose the ridge."""
-
-
-@dataclass(frozen=True)
-class _Way:
-    """How an outlet's output gets into the residual stream.
-
-    Attributes:
-        norm: path in the layer of the norm that it passes first; None where there is none.
-        sum: path of the module whose input is the sum with the stream, "" for the layer's output;
-            None behind a norm, and where no sum was found.
-    """
-
-    norm: str | None
-    sum: str | None
-
-
-@dataclass
-class _Target:
-    """What a refitted outlet is to give in one batch.
-
-    Attributes:
-        wanted: (positions, outputs), the dense model's residual sum; where there is none, its
-            outlet's output.
-        factors: (positions, 1) by which the norm multiplied that output; None without a norm.
-    """
-
-    wanted: torch.Tensor
-    factors: torch.Tensor | None
 
 
 @dataclass
@@ -144,20 +111,22 @@ def compensate(
             for layer, (own, last) in enumerate(layers[index]):
                 here = [g for g in groups if g.layer == layer]
                 same = [twins[g.name] for g in here]
-                ways = [_way(dense, g, theirs[0], own) for g in same]
-                targets = _targets(dense, stack.layers, same, ways, theirs, own)
+                points = [_sum_point(dense, g, theirs[0], own) for g in same]
+                sums = _dense_sums(dense, stack.layers, same, points, theirs, own)
                 for gone in range(own + 1, last + 1):
                     end = dense_groups.get((index, gone, same[-1].kind, same[-1].part))
                     # Where experts come after the last outlet, its sum is not the layer's.
-                    if end is None or ways[-1].sum is None or end.kind != "neuron":
+                    if end is None or points[-1] is None or end.kind != "neuron":
                         _advance(dense, stack.layers, theirs, gone)
                     else:
-                        targets[-1:] = _targets(dense, stack.layers, [end], ways[-1:], theirs, gone)
-                for group, way, wanted in zip(here, ways, targets, strict=True):
+                        sums[-1:] = _dense_sums(
+                            dense, stack.layers, [end], points[-1:], theirs, gone
+                        )
+                for group, point, targets in zip(here, points, sums, strict=True):
                     # An outlet that lost nothing is refitted too, once the layers before it have
                     # changed.
                     if layer >= changed[0].layer:
-                        _refit(pruned, group, ours, layer, way, wanted)
+                        _refit(pruned, group, ours, layer, point, targets)
                     bar.update()
                 _advance(pruned, stack.layers, ours, layer)
     bar.close()
@@ -225,19 +194,18 @@ def _run(layer: nn.Module, call: _Call, index: int) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _way(dense: PreTrainedModel, group: Group, call: _Call, index: int) -> _Way:
-    """How an outlet's output gets into the residual stream.
+def _sum_point(dense: PreTrainedModel, group: Group, call: _Call, index: int) -> str | None:
+    """Where an outlet's output joins the residual stream: the module whose input is the sum.
 
-    Found by looking rather than by a table: in one batch, the first module input (or the layer's
-    output) that is a tensor seen before plus the outlet's output, or plus what a module makes of
-    that output, as in Gemma 3.
+    Found by looking rather than by a table: in one batch, the first module input (or "" for the
+    layer's output) that is the outlet's output plus a tensor seen before. None where a norm or a
+    scale lies between, as in Gemma 3.
     """
     layer, outlet = layer_of(dense, group), outlet_of(dense, group)
     paths = {module: path for path, module in layer.named_modules()}
     seen: list[torch.Tensor] = [call.hidden]
     after: list[tuple[str, torch.Tensor]] = []
     output: list[torch.Tensor] = []
-    normed: list[tuple[str, torch.Tensor]] = []
 
     def look(module: nn.Module, args: tuple[object, ...]) -> None:
         if args and isinstance(args[0], torch.Tensor) and args[0].shape == call.hidden.shape:
@@ -246,45 +214,33 @@ def _way(dense: PreTrainedModel, group: Group, call: _Call, index: int) -> _Way:
             else:
                 seen.append(args[0])
 
-    def pass_on(module: nn.Module, args: tuple[object, ...], out: torch.Tensor) -> None:
-        if output and args and args[0] is output[0]:
-            normed.append((paths[module], out))
-
     hooks = [m.register_forward_pre_hook(look) for m in paths if m is not layer]
-    hooks += [m.register_forward_hook(pass_on) for m in paths if m not in (layer, outlet)]
     hooks.append(outlet.register_forward_hook(lambda module, args, out: output.append(out)))
     try:
         after.append(("", _run(layer, call, index)))
     finally:
         for hook in hooks:
             hook.remove()
-
-    def sum_of(branch: torch.Tensor) -> str | None:
-        for path, tensor in after:
-            rest = (tensor - branch).float()
-            scale = rest.abs().max()
-            if any((rest - s.float()).abs().max() < 0.01 * scale for s in seen):
-                return path
-        return None
-
-    if (point := sum_of(output[0])) is not None:
-        return _Way(None, point)
-    return _Way(next((path for path, out in normed if sum_of(out) is not None), None), None)
+    for path, tensor in after:
+        rest = (tensor - output[0]).float()
+        scale = rest.abs().max()
+        if any((rest - s.float()).abs().max() < 0.01 * scale for s in seen):
+            return path
+    return None
 
 
 @contextmanager
 def _watch(
     model: PreTrainedModel,
     group: Group,
-    way: _Way,
+    point: str | None,
     mask: torch.Tensor | None,
     stop: bool = False,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Collect, of the coming run, the outlet's "input", its "output", the residual "sum", and what
-    a norm made of the output, as "normed".
+    """Collect, of the coming run, the outlet's "input", its "output" and the residual "sum".
 
-    Each is (positions, features) without padding. Where there is no sum, it is the output. With
-    `stop` the run ends by `_Reached` once the first three are known.
+    Each is (positions, features) without padding. Where there is no sum point, the sum is the
+    output. With `stop` the run ends by `_Reached` once all three are known.
     """
     found: dict[str, torch.Tensor] = {}
     layer, outlet = layer_of(model, group), outlet_of(model, group)
@@ -296,11 +252,8 @@ def _watch(
     def at_outlet(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         found["input"], found["output"] = flat(args[0]), flat(output)
         found.setdefault("sum", found["output"])
-        if stop and way.sum is None:
+        if stop and point is None:
             raise _Reached
-
-    def at_norm(module: nn.Module, args: object, output: torch.Tensor) -> None:
-        found["normed"] = flat(output)
 
     def at_sum(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         found["sum"] = flat(args[0])
@@ -313,12 +266,10 @@ def _watch(
         found["sum"] = flat(output[0] if isinstance(output, tuple) else output)
 
     hooks = [outlet.register_forward_hook(at_outlet)]
-    if way.norm is not None:
-        hooks.append(layer.get_submodule(way.norm).register_forward_hook(at_norm))
-    if way.sum == "":
+    if point == "":
         hooks.append(layer.register_forward_hook(at_end))
-    elif way.sum is not None:
-        hooks.append(layer.get_submodule(way.sum).register_forward_pre_hook(at_sum))
+    elif point is not None:
+        hooks.append(layer.get_submodule(point).register_forward_pre_hook(at_sum))
     try:
         yield found
     finally:
@@ -326,36 +277,28 @@ def _watch(
             hook.remove()
 
 
-def _targets(
+def _dense_sums(
     dense: PreTrainedModel,
     layers: str,
     groups: Sequence[Group],
-    ways: Sequence[_Way],
+    points: Sequence[str | None],
     calls: Sequence[_Call],
     index: int,
-) -> list[list[_Target]]:
-    """Per group and batch what the dense model gave; the calls advance to the next layer."""
+) -> list[list[torch.Tensor]]:
+    """Per group and batch the dense residual sum; the calls advance to the next layer."""
     layer = dense.base_model.get_submodule(f"{layers}.{index}")
-    targets: list[list[_Target]] = [[] for _ in groups]
+    sums: list[list[torch.Tensor]] = [[] for _ in groups]
     for call in calls:
         with ExitStack() as stack:
             found = [
-                stack.enter_context(_watch(dense, group, way, call.mask))
-                for group, way in zip(groups, ways, strict=True)
+                stack.enter_context(_watch(dense, group, point, call.mask))
+                for group, point in zip(groups, points, strict=True)
             ]
             hidden = _run(layer, call, index)
         call.hidden = hidden
-        for known, values in zip(targets, found, strict=True):
-            known.append(_Target(values["sum"], _factors(values)))
-    return targets
-
-
-def _factors(found: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    """By how much a norm stretched the outlet's output at each position; None without a norm."""
-    if "normed" not in found:
-        return None
-    before, after = (found[name].float().norm(dim=1, keepdim=True) for name in ("output", "normed"))
-    return after / before.clamp(min=torch.finfo(before.dtype).tiny)
+        for known, values in zip(sums, found, strict=True):
+            known.append(values["sum"])
+    return sums
 
 
 def _advance(model: PreTrainedModel, layers: str, calls: Sequence[_Call], index: int) -> None:
@@ -369,20 +312,20 @@ def _refit(
     group: Group,
     calls: Sequence[_Call],
     index: int,
-    way: _Way,
-    targets: Sequence[_Target],
+    point: str | None,
+    targets: Sequence[torch.Tensor],
 ) -> None:
     """Set an outlet's weights, and its bias if it has one, to the least-squares solution."""
     outlet = outlet_of(pruned, group)
 
     def moments(batch: int) -> Moments:
-        call, target = calls[batch], targets[batch]
-        with _watch(pruned, group, way, call.mask, stop=True) as found, suppress(_Reached):
+        call = calls[batch]
+        with _watch(pruned, group, point, call.mask, stop=True) as found, suppress(_Reached):
             _run(layer_of(pruned, group), call, index)
         # What the outlet should give, so that the sum with the pruned model's own stream is the
         # dense sum.
-        wanted = target.wanted - (found["sum"] - found["output"])
-        return Moments.of(found["input"], wanted, target.factors)
+        wanted = targets[batch] - (found["sum"] - found["output"])
+        return Moments.of(found["input"], wanted)
 
     train, held_out = _parts(len(calls))
     fit = _total(moments(i) for i in train)

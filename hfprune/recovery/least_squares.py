@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates for the ridge, relative to the mean squared input; the held-out part chooses among
 them, or to leave the outlet as it is.
 """
@@ -33,17 +33,11 @@ class Moments:
         )
 
     @staticmethod
-    def of(
-        inputs: torch.Tensor, targets: torch.Tensor, factors: torch.Tensor | None = None
-    ) -> Moments:
-        """Of rows that are multiplied by their factors; products in at least float32, sums in
-        float64.
-        """
+    def of(inputs: torch.Tensor, targets: torch.Tensor) -> Moments:
+        """Products in at least float32, sums in float64."""
         wide = torch.promote_types(inputs.dtype, torch.float32)
         x = torch.cat([inputs.to(wide), inputs.new_ones(len(inputs), 1, dtype=wide)], dim=1)
         y = targets.to(wide)
-        if factors is not None:
-            x, y = x * factors.to(wide), y * factors.to(wide)
         return Moments(
             (x.T @ x).double(), (x.T @ y).double(), float(y.double().square().sum()), len(x)
         )

@@ -8,13 +8,12 @@ import torch
 
 from hfprune.errors import DataError, HfpruneError
 from hfprune.importance.gates import outlet_of
-from hfprune.recovery.compensation import _calls, _Way, _way, compensate
+from hfprune.recovery.compensation import _calls, _sum_point, compensate
 from hfprune.structure.anatomy import Anatomy, axis_of, layer_of
 from hfprune.structure.architectures import row_of
 from hfprune.structure.surgery import copy_and_cut
 
 FAMILIES = ["bert", "llama", "gpt2", "gemma3_text", "t5"]
-NORMS = ["post_attention_layernorm", "post_feedforward_layernorm"]  # behind outlets of Gemma 3
 
 
 def batches(model, count=6, tokens=11, seed=0):
@@ -103,13 +102,10 @@ def single(dense, group, kept):
 
 
 def sums_error(dense, pruned, group, data):
-    """Mean squared error of the residual sum after an outlet, the rest of the model being equal;
-    behind a norm, as the dense model's norm stretches it.
-    """
+    """Mean squared error of the residual sum after an outlet, the rest of the model being equal."""
     outlets = [outlet_of(model, group) for model in (dense, pruned)]
     total = count = 0.0
     for batch in data:
-        stretch = stretched(dense, group, batch)
         seen = []
         hooks = [
             o.register_forward_hook(lambda m, args, out: seen.append(flat(out, batch)))  # noqa: B023
@@ -120,26 +116,9 @@ def sums_error(dense, pruned, group, data):
             pruned(**batch)
         for hook in hooks:
             hook.remove()
-        total += float((stretch * (seen[0] - seen[1])).square().sum())
+        total += float((seen[0] - seen[1]).square().sum())
         count += len(seen[0])
     return total / count
-
-
-def stretched(dense, group, batch):
-    """(positions, 1): by how much a norm stretches an outlet's output; 1 where there is none."""
-    layer, seen = layer_of(dense, group), []
-    norm = getattr(layer, NORMS[0 if group.kind == "head" else 1], None)
-    if dense.config.model_type != "gemma3_text":
-        return 1.0
-
-    def see(module, args, out):
-        seen.append(flat(out, batch).norm(dim=1) / flat(args[0], batch).norm(dim=1))
-
-    hook = norm.register_forward_hook(see)
-    with torch.no_grad():
-        dense(**batch)
-    hook.remove()
-    return seen[0][:, None]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -158,7 +137,7 @@ def test_the_first_outlets_error_never_grows_and_is_least_squares(family):
 
 def least_squares(dense, pruned, group, data):
     """The least mean squared error that any outlet could have, by torch's own solver."""
-    inputs, targets, rows = [], [], []
+    inputs, targets = [], []
     for batch in data:
         hooks = [
             outlet_of(pruned, group).register_forward_hook(
@@ -173,11 +152,9 @@ def least_squares(dense, pruned, group, data):
             pruned(**batch)
         for hook in hooks:
             hook.remove()
-        rows.append(stretched(dense, group, batch) * torch.ones(len(targets[-1]), 1))
-    x, y, rows = torch.cat(inputs), torch.cat(targets), torch.cat(rows)
+    x, y = torch.cat(inputs), torch.cat(targets)
     if getattr(outlet_of(pruned, group), "bias", None) is not None:
         x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
-    x, y = rows * x, rows * y
     return float((x @ torch.linalg.lstsq(x, y).solution - y).square().sum() / len(x))
 
 
@@ -321,23 +298,23 @@ def test_only_outlets_change_and_modes_come_back(family):
 
 
 @pytest.mark.parametrize(
-    ("family", "ways"),
+    ("family", "points"),
     [
-        ("bert", [_Way(None, "attention.output.LayerNorm"), _Way(None, "output.LayerNorm")]),
-        ("llama", [_Way(None, "post_attention_layernorm"), _Way(None, "")]),
-        ("gpt2", [_Way(None, "ln_2"), _Way(None, "")]),
-        ("gemma3_text", [_Way(norm, None) for norm in NORMS]),
-        ("t5", [_Way(None, "layer.1"), _Way(None, "")]),
+        ("bert", ["attention.output.LayerNorm", "output.LayerNorm"]),
+        ("llama", ["post_attention_layernorm", ""]),
+        ("gpt2", ["ln_2", ""]),
+        ("gemma3_text", [None, None]),
+        ("t5", ["layer.1", ""]),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_way_of_an_outlets_output_into_the_stream_is_found(family, ways, dtype):
+def test_the_sum_point_is_where_the_outlet_joins_the_stream(family, points, dtype):
     model = tiny.model(family, dtype=dtype)
     with torch.no_grad():
         stack = row_of(family).stacks[0]
         (call,) = _calls(model, stack.layers, batches(model, count=1), decoder=False)
         groups = [g for g in Anatomy.of(model) if g.stack == 0 and g.layer == 0]
-        assert [_way(model, group, call, 0) for group in groups] == ways
+        assert [_sum_point(model, group, call, 0) for group in groups] == points
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
