@@ -13,12 +13,12 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 import hfprune
 from hfprune.structure.anatomy import Anatomy
-from hfprune.structure.surgery import copy_and_cut
+from hfprune.structure.surgery import copy_and_cut, cut
 
 
 def cut_model(family, head=None):
     model = tiny.model(family, head)
-    return copy_and_cut(model, tiny.selection(Anatomy.of(model)))
+    return copy_and_cut(model, tiny.selection(Anatomy.of(model)), {"budget": "first"})
 
 
 def tokenizer():
@@ -94,6 +94,10 @@ def test_the_stock_trainer_trains_and_resumes(family, tmp_path):
     again = hfprune.from_pretrained(tmp_path / "checkpoint-2")
     for name, tensor in through.state_dict().items():
         assert again.state_dict()[name].equal(tensor)
+    layers = Anatomy.of(again).stacks[0]
+    cut(again, {layers.name: (0, 2)}, {"budget": "second"}).save_pretrained(tmp_path / "again")
+    structure = hfprune.from_pretrained(tmp_path / "again").config.hfprune
+    assert structure["lineage"] == [{"budget": "first"}, {"budget": "second"}]
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5", "vit", "whisper", "gemma3"])
