@@ -11,7 +11,7 @@ stays in runs/: a second call goes on where the first one stopped; remove a fold
 It prints a table of accuracies and one of what is left (compare.md), and draws the accuracies
 (compare.png).
 
-optipfair 0.4.2 prunes gated FFNs only, which BERT has not: benchmarks/language.py has it.
+optipfair 0.4.2 prunes gated FFNs only, which BERT has not, and is no part of this.
 """
 
 from __future__ import annotations

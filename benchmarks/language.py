@@ -1,0 +1,164 @@
+"""Perplexity against parameters on Gemma 3 270m, without training: budgets x criteria, on text of
+the calibration's kind and of another.
+
+    python scripts/fetch_quickstart.py gemma3-270m movie movie-text editorial-text
+    python benchmarks/language.py
+
+prints, for every budget of the layers' parameters, the perplexity after removal and after
+compensation, and draws it as a share of the dense model's. All that is measured stays in
+runs/benchmark-language/: a second call goes on where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+from quality import ROOT
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+import hfprune
+from hfprune.evaluation.evaluate import evaluate_perplexity
+from hfprune.files import write_whole
+from hfprune.importance.losses import Batch
+from hfprune.pipeline import calibration_batches, evaluation_batches, run
+from hfprune.publishing.figures import draw_curve
+from hfprune.publishing.report import CurvePoint
+from hfprune.recipe import Recipe
+
+RUNS = ROOT / "runs" / "benchmark-language"
+
+Key = tuple[str, float]  # method, budget
+Perplexity = dict[str, float]  # by the text's kind
+
+
+def main() -> None:
+    """Run what is missing, print the table and draw the figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8, 0.7])
+    parser.add_argument(
+        "--criteria",
+        nargs="+",
+        default=["reconstruction", "fisher", "activation", "magnitude"],
+    )
+    parser.add_argument("--blocks", type=int, help="test blocks of each kind at most")
+    arguments = parser.parse_args()
+    gemma = Gemma(arguments.blocks)
+    dense = gemma.dense_perplexity
+    found: dict[Key, Perplexity] = {}
+    for criterion in arguments.criteria:
+        for budget in arguments.budgets:
+            for stage, values in gemma.pruned(criterion, budget).items():
+                found[f"{criterion}, {stage}", budget] = values
+    for kind in dense:
+        Console().print(table(kind, dense, found))
+    figure = RUNS / "language.png"
+    draw_curve(
+        list(points(dense, found)),
+        figure,
+        quality="perplexity (1 = dense)",
+        cost="parameters of the layers",
+    )
+    print(f"The curve is in {figure.relative_to(ROOT)}.")
+
+
+class Gemma:
+    """The dense model, and the perplexity of what is made of it.
+
+    Args:
+        blocks: test blocks of each kind at most; None for all.
+    """
+
+    def __init__(self, blocks: int | None) -> None:
+        self.blocks = blocks
+        base = Recipe.load(ROOT / "recipes" / "gemma3" / "270m-movie.yaml")
+        self.recipe = dataclasses.replace(base, output=str(RUNS / "run"))
+
+    @cached_property
+    def dense(self) -> PreTrainedModel:
+        run(self.recipe, until="dense")
+        return hfprune.from_pretrained(Path(self.recipe.output) / "dense")
+
+    @cached_property
+    def calibration(self) -> list[Batch]:
+        return calibration_batches(self.recipe)
+
+    @cached_property
+    def test(self) -> dict[str, list[Batch]]:
+        """Test batches, by the text's kind."""
+        files = {"movie": self.recipe.data.test, **self.recipe.measure.also}
+        made = {}
+        for kind, file in files.items():
+            data = dataclasses.replace(self.recipe.data, test=file)
+            batches = evaluation_batches(dataclasses.replace(self.recipe, data=data))
+            size = self.recipe.score.batch_size
+            made[kind] = list(islice(batches, self.blocks and -(-self.blocks // size)))
+        return made
+
+    @cached_property
+    def scores(self) -> hfprune.Scores:
+        folder = RUNS / "scores"
+        if not (folder / "scores.json").is_file():
+            hfprune.score(self.dense, self.calibration).save(folder)
+        return hfprune.Scores.load(folder)
+
+    @property
+    def dense_perplexity(self) -> Perplexity:
+        return self._kept("dense", lambda: {"dense": self._judge(self.dense)})["dense"]
+
+    def pruned(self, criterion: str, budget: float) -> dict[str, Perplexity]:
+        """After removal, and after compensation."""
+
+        def measure() -> dict[str, Perplexity]:
+            plan = hfprune.plan(self.dense, self.scores, f"params={budget}", criterion)
+            smaller = hfprune.remove(self.dense, plan)
+            removed = self._judge(smaller)
+            hfprune.compensate(self.dense, smaller, self.calibration, plan.keep)
+            return {"removed": removed, "compensated": self._judge(smaller)}
+
+        return self._kept(f"{criterion}-{budget:.0%}", measure)
+
+    def _judge(self, model: PreTrainedModel) -> Perplexity:
+        return {kind: evaluate_perplexity(model, data).value for kind, data in self.test.items()}
+
+    def _kept(
+        self, name: str, measure: Callable[[], dict[str, Perplexity]]
+    ) -> dict[str, Perplexity]:
+        file = RUNS / f"{name}-{self.blocks or 'all'}.json"
+        if not file.is_file():
+            measured = measure()
+            write_whole(file, json.dumps(measured) + "\n")
+            print(f"{name}: {measured}", flush=True)
+        return dict(json.loads(file.read_text()))
+
+
+def table(kind: str, dense: Perplexity, found: dict[Key, Perplexity]) -> Table:
+    """Methods in rows, budgets in columns: perplexity on one kind of text, and over the dense's."""
+    budgets = sorted({budget for _, budget in found}, reverse=True)
+    title = f"Perplexity on {kind} text (dense {dense[kind]:.1f}), by parameters kept"
+    made = Table("method", *(f"{budget:.0%}" for budget in budgets), title=title)
+    for method in dict.fromkeys(method for method, _ in found):
+        values = [found[method, budget][kind] for budget in budgets]
+        made.add_row(method, *(f"{v:.1f} ({v / dense[kind]:.3f})" for v in values))
+    return made
+
+
+def points(dense: Perplexity, found: dict[Key, Perplexity]) -> Iterator[CurvePoint]:
+    """Perplexity over the dense model's on both kinds, of what is not only removed."""
+    yield CurvePoint(1.0, 1.0, 1.0, 1.0, "dense")
+    for (method, budget), values in found.items():
+        if not method.endswith(", removed"):
+            for kind, value in values.items():
+                ratio = value / dense[kind]
+                yield CurvePoint(budget, ratio, ratio, ratio, f"{method}, {kind}")
+
+
+if __name__ == "__main__":
+    main()
