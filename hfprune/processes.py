@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from hfprune.errors import HfpruneError
 
 if TYPE_CHECKING:
-    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 
 _FAILED = "failed"
 _PAUSE = 0.05  # seconds between two looks
@@ -153,8 +153,14 @@ def launched() -> Iterator[Processes]:
         HfpruneError: they were started to shard the weights in a way that is not supported.
         OtherProcessError: another process failed; within seconds after it.
     """
-    if _set("ACCELERATE_USE_DEEPSPEED"):
-        refuse_deepspeed()
+    if deepspeed_asked():
+        from accelerate.utils import DeepSpeedPlugin, is_deepspeed_available
+
+        plugin = DeepSpeedPlugin()
+        plugin.set_mixed_precision(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
+        refuse_deepspeed(plugin)
+        if not is_deepspeed_available():
+            raise HfpruneError("DeepSpeed is asked for and not installed: pip install deepspeed.")
     if fsdp_asked():
         from accelerate.utils import FullyShardedDataParallelPlugin
 
@@ -210,17 +216,39 @@ def fsdp_asked() -> bool:
     return _set("ACCELERATE_USE_FSDP")
 
 
-def refuse_deepspeed() -> NoReturn:
-    """Refuse DeepSpeed.
+def deepspeed_asked() -> bool:
+    """Whether Accelerate was told to shard the optimizer's state by DeepSpeed."""
+    return _set("ACCELERATE_USE_DEEPSPEED")
+
+
+def refuse_deepspeed(plugin: DeepSpeedPlugin) -> None:
+    """Refuse what is not supported of DeepSpeed.
 
     Raises:
-        HfpruneError: says what to use instead.
+        HfpruneError: names the setting, and what it must be.
     """
-    raise HfpruneError(
-        "DeepSpeed was asked for, which is not supported: weights are sharded by FSDP2. Start with"
-        " recipes/accelerate/fsdp2.yaml; docs/accelerate.md says which setting stands for which"
-        " ZeRO stage."
-    )
+    if plugin.zero_stage not in (1, 2):
+        raise HfpruneError(
+            f"zero_stage is {plugin.zero_stage}; only 1 and 2 are supported. To shard the weights"
+            " too, as ZeRO-3 does, start with recipes/accelerate/fsdp2.yaml."
+        )
+    config = plugin.deepspeed_config
+    precisions = [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled") is True]
+    given = {
+        "deepspeed_config_file": os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"),
+        "offload_optimizer_device": plugin.offload_optimizer_device,
+        "offload_param_device": plugin.offload_param_device,
+        # Accelerate would leave DeepSpeed out without a word. (use_cpu in its file is no matter.)
+        "ACCELERATE_USE_CPU": "true" if _set("ACCELERATE_USE_CPU") else "no",
+        # DeepSpeed would round the weights themselves.
+        "mixed_precision": precisions[0] if precisions else "no",
+    }
+    for name, value in given.items():
+        if value not in ("none", "no", None):
+            raise HfpruneError(
+                f"{name} is {value}, which is not supported with DeepSpeed. Start from"
+                " recipes/accelerate/deepspeed.yaml; docs/accelerate.md says what FSDP2 has of it."
+            )
 
 
 def refuse_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:

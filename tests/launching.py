@@ -18,6 +18,14 @@ FSDP = {  # what `accelerate launch` sets for recipes/accelerate/fsdp2.yaml
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
 }
+DEEPSPEED = {  # what it sets for recipes/accelerate/deepspeed.yaml, and what CPUs need
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    "ACCELERATE_USE_CPU": "false",  # else there would be no DeepSpeed
+    "DS_ACCELERATOR": "cpu",
+}
 LAUNCHER = [str(Path(sys.executable).with_name("accelerate")), "launch"]
 
 
@@ -69,7 +77,7 @@ def torchrun(file, *arguments, count=2, timeout=300, **variables):
         [sys.executable, *options, file, *map(str, arguments)],
         check=True,
         timeout=timeout,
-        env=environment(ACCELERATE_USE_CPU="true", **variables),
+        env=environment(**{"ACCELERATE_USE_CPU": "true"} | variables),
     )
 
 

@@ -3,11 +3,12 @@
 import time
 
 import pytest
-from launching import FSDP, together
+from launching import DEEPSPEED, FSDP, together
 
 from hfprune.errors import HfpruneError
 from hfprune.processes import Processes, launched
 
+ZERO = "ACCELERATE_DEEPSPEED_"
 HEAD = """
 import sys, time, torch
 import torch.distributed as dist
@@ -46,14 +47,20 @@ with launched() as processes:
         ({"FSDP_VERSION": "1"}, "fsdp_version is 1; only 2 is supported.*fsdp2.yaml"),
         ({"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "only FULL_STATE_DICT is supported"),
         ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "efficient_loading is True; only False"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed was asked for.*fsdp2.yaml"),
+        (DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "zero_stage is 3.*fsdp2.yaml"),
+        (DEEPSPEED | {f"{ZERO}OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "offload_optimizer_device is cpu"),
+        (DEEPSPEED | {f"{ZERO}OFFLOAD_PARAM_DEVICE": "cpu"}, "offload_param_device is cpu"),
+        (DEEPSPEED | {"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision is bf16"),
+        (DEEPSPEED | {"ACCELERATE_USE_CPU": "true"}, "ACCELERATE_USE_CPU is true"),
+        (DEEPSPEED | {f"{ZERO}CONFIG_FILE": '{"zero_optimization": {}}'}, "config_file is {"),
         ({}, None),
     ],
 )
 def test_ways_to_shard_that_are_not_supported_are_refused_before_anything(
     changes, message, monkeypatch
 ):
-    for name, value in (FSDP | changes).items():
+    given = changes if "ACCELERATE_USE_DEEPSPEED" in changes else FSDP | changes
+    for name, value in given.items():
         monkeypatch.setenv(name, value)
     if message is None:
         with launched() as processes:

@@ -56,10 +56,11 @@ def test_accelerate_reads_its_files(path):
     known = {field.name for field in dataclasses.fields(config)}
     assert set(yaml.safe_load(path.read_text())) <= known
     assert config.num_processes % config.num_machines == 0
-    sharded = "fsdp" in path.stem
+    kinds = {"fsdp2": "FSDP", "deepspeed": "DEEPSPEED"}
     # MULTI_GPU is the only other kind that starts plain processes.
-    assert config.distributed_type == ("FSDP" if sharded else "MULTI_GPU")
-    assert bool(config.fsdp_config) is sharded and not config.deepspeed_config
+    assert config.distributed_type == kinds.get(path.stem, "MULTI_GPU")
+    assert bool(config.fsdp_config) is (path.stem == "fsdp2")
+    assert bool(config.deepspeed_config) is (path.stem == "deepspeed")
     assert f"recipes/accelerate/{path.name}" in (ROOT / "docs" / "accelerate.md").read_text()
 
 
@@ -85,10 +86,10 @@ def weights(recipe, name):
     return hfprune.from_pretrained(at(recipe, name)).state_dict()
 
 
-def sharded_on_cpus(folder):
-    """The shipped file for FSDP2, for two CPU processes."""
-    config = yaml.safe_load((ROOT / "recipes" / "accelerate" / "fsdp2.yaml").read_text())
-    path = folder / "fsdp2.yaml"
+def sharded_on_cpus(folder, name="fsdp2"):
+    """One of the shipped files that shard, for two CPU processes."""
+    config = yaml.safe_load((ROOT / "recipes" / "accelerate" / f"{name}.yaml").read_text())
+    path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config | {"use_cpu": True, "num_processes": 2}))
     return path
 
@@ -129,6 +130,41 @@ def test_two_processes_do_what_one_does(tmp_path):
             assert both.count("_Trainer: 0 of the parameters are whole") > 0
             assert both.count("_DistillationTrainer: 0 of the parameters are whole") > 0
             assert " are whole" not in both.replace(": 0 of the parameters are whole", "")
+
+
+SEEING_ZERO = """
+import sys
+from hfprune.cli import main
+from hfprune.recovery.sharding import ShardableTrainer
+from tests.recovery.test_sharding import refuse_whole_moments
+
+saved = ShardableTrainer._save_optimizer_and_scheduler
+
+def seen(self, folder):
+    if self.state.global_step:
+        refuse_whole_moments(self.model, self.optimizer)
+        print(f"{type(self).__name__}: the moments are sharded")
+    saved(self, folder)
+
+ShardableTrainer._save_optimizer_and_scheduler = seen
+main(["distill", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_of_deepspeed_do_what_one_does(tmp_path, monkeypatch):
+    pytest.importorskip("deepspeed")
+    one, two = recipes(tmp_path, 2)
+    status, said, err = alone("distill.py", tmp_path / "0.yaml")
+    assert status == 0, err
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    (tmp_path / "seeing.py").write_text(SEEING_ZERO)
+    config = sharded_on_cpus(tmp_path, "deepspeed")
+    both = launch(tmp_path / "seeing.py", tmp_path / "1.yaml", options=["--config_file", config])
+    assert losses(both) == pytest.approx(losses(said), rel=1e-4) and losses(said)
+    assert "_Trainer: the moments are sharded" in both
+    assert "_DistillationTrainer: the moments are sharded" in both
+    same_run(two, one)
 
 
 def same_run(recipe, one):

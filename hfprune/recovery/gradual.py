@@ -34,7 +34,7 @@ from hfprune.planning.budget import Budget
 from hfprune.planning.constraints import Constraints
 from hfprune.planning.plan import PruningPlan
 from hfprune.planning.solve import plan
-from hfprune.processes import refuse_disagreement
+from hfprune.processes import deepspeed_asked, refuse_disagreement
 from hfprune.recovery.schedule import Schedule
 from hfprune.structure.anatomy import Anatomy, Block, Group, check_whole
 from hfprune.structure.checkpoint import as_stock
@@ -145,7 +145,7 @@ class GradualPruning(TrainerCallback):
             raise HfpruneError(
                 "This callback has pruned its model; make a new Trainer, without it, to train on."
             )
-        if args.n_gpu > 1 or args.deepspeed:
+        if args.n_gpu > 1 or args.deepspeed or deepspeed_asked():
             raise HfpruneError(
                 "Gradual pruning needs one process per GPU, each with the whole model: start with"
                 " `accelerate launch`, without DeepSpeed."

@@ -1,4 +1,4 @@
-"""Training with weights that FSDP2 shards, and checkpoints that do not show it.
+"""Training that FSDP2 or DeepSpeed shards, and checkpoints that do not show it.
 
 Accelerate shards the weights, their gradients and the optimizer's state. A checkpoint is gathered
 tensor by tensor and written by the first process, in the files of one process; what reads it takes
@@ -28,20 +28,22 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from hfprune.errors import CheckpointError, DataError, RecipeError
-from hfprune.processes import fsdp_asked, refuse_deepspeed, refuse_fsdp
+from hfprune.processes import deepspeed_asked, fsdp_asked, refuse_deepspeed, refuse_fsdp
 from hfprune.recovery.checkpoints import refuse_spoilt, removed_unless_whole, training_format
 from hfprune.recovery.parts import described
+from hfprune.recovery.zero import deal_state, refuse_unflattened, whole_state
 
 
 class ShardableTrainer(Trainer):
     """A Trainer whose checkpoints can be loaded back, on any number of processes, and that FSDP2
-    may shard.
+    or DeepSpeed's ZeRO 1 and 2 may shard.
 
-    FSDP changes modules for good: train the model that `spread` yields, to have one's own back.
+    Both change modules for good: train the model that `spread` yields, to have one's own back.
 
     Raises:
-        HfpruneError: a setting of FSDP is not supported, or DeepSpeed was asked for.
-        RecipeError: adapters were to be sharded.
+        HfpruneError: a setting of FSDP or DeepSpeed is not supported.
+        RecipeError: adapters were to be sharded, or DeepSpeed is asked for by the arguments, or to
+            shard other than AdamW and float32.
         DataError: the loss or the weights are not finite any more; no checkpoint is written of
             them.
         CheckpointError: the checkpoint to load does not fit the model, or one cannot be written.
@@ -58,9 +60,14 @@ class ShardableTrainer(Trainer):
         Accelerate 1.15 knows FSDP on accelerators only: on CPUs every process would silently have
         the whole model.
         """
+        if self.args.deepspeed:
+            raise RecipeError(
+                "The training arguments set deepspeed; its settings come from the launcher here:"
+                " accelerate launch --config_file recipes/accelerate/deepspeed.yaml."
+            )
+        if deepspeed_asked():
+            refuse_deepspeed(self.args.deepspeed_plugin)
         super().create_accelerator_and_postprocess()
-        if self.is_deepspeed_enabled:
-            refuse_deepspeed()
         state = self.accelerator.state
         if state.distributed_type == DistributedType.MULTI_CPU and _asked(self.args):
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**(self.args.fsdp_plugin_args or {}))
@@ -70,24 +77,39 @@ class ShardableTrainer(Trainer):
         if self.is_fsdp_enabled:
             refuse_fsdp(state.fsdp_plugin)
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            self._refuse_adapters()
         if self.is_fsdp_enabled:
             self._prepare_sharding()
-        return super()._prepare_for_training(*args, **kwargs)
+        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+            return super()._prepare_for_training(
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
+        # DeepSpeed takes copies of the weights, and would look for a checkpoint of its own.
+        self._load_from_checkpoint(resume_from_checkpoint, self.model)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    def _refuse_adapters(self) -> None:
+        if not isinstance(self.model, PreTrainedModel):
+            raise RecipeError(
+                f"FSDP or DeepSpeed was asked for, and the model is a {type(self.model).__name__}: "
+                "adapters are not sharded here. Leave lora out, or start without sharding."
+            )
 
     def _prepare_sharding(self) -> None:
         """Say which modules to shard one by one, and leave out what cannot be sharded."""
-        if not isinstance(self.model, PreTrainedModel):
-            raise RecipeError(
-                f"FSDP was asked for, and the model is a {type(self.model).__name__}: adapters are "
-                "not sharded here. Leave lora out, or start without FSDP."
-            )
         for parameter in self.model.parameters():
             if not parameter.numel():  # torch 2.13 cannot scatter gradients without elements
                 parameter.requires_grad_(False)
         plugin = self.accelerator.state.fsdp_plugin
         plugin.transformer_cls_names_to_wrap = (
-            plugin.transformer_cls_names_to_wrap or _layer_classes(self.model)
+            plugin.transformer_cls_names_to_wrap
+            or _layer_classes(cast(PreTrainedModel, self.model))
         )
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
@@ -99,10 +121,13 @@ class ShardableTrainer(Trainer):
         for parameter in empty:
             parameter.requires_grad_(False)
         try:
-            return super().create_optimizer(model)
+            optimizer = super().create_optimizer(model)
         finally:
             for parameter in empty:
                 parameter.requires_grad_(True)
+        if self.is_deepspeed_enabled:
+            refuse_unflattened(optimizer)
+        return optimizer
 
     # Stopping.
 
@@ -172,7 +197,7 @@ class ShardableTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as `Trainer.save_model` does; sharded weights are gathered."""
-        if not self.is_fsdp_enabled:
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             super().save_model(output_dir, _internal_call)
             return
         self._save(output_dir, state_dict=_whole_state(self.model, keep=self.args.should_save))
@@ -180,11 +205,14 @@ class ShardableTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
+        if self.is_deepspeed_enabled:
+            state = whole_state(self._zero(), keep=self.args.should_save)
+        elif self.is_fsdp_enabled:
+            gather = partial(_gathered, keep=self.args.should_save)
+            state = tree_map(gather, self.optimizer.state_dict())
+        else:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        gather = partial(_gathered, keep=self.args.should_save)
-        state = tree_map(gather, self.optimizer.state_dict())
         if self.args.should_save:
             torch.save(state, Path(output_dir, OPTIMIZER_NAME))
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
@@ -197,13 +225,17 @@ class ShardableTrainer(Trainer):
     # Loading.
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.is_fsdp_enabled or checkpoint is None:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not sharded or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         files = [Path(checkpoint, name) for name in (OPTIMIZER_NAME, SCHEDULER_NAME)]
         state, schedule = (torch.load(file, weights_only=True, mmap=True) for file in files)
-        _deal_states(state, self.optimizer)
-        self.optimizer.load_state_dict(state)
+        if self.is_deepspeed_enabled:
+            deal_state(state, self._zero())
+        else:
+            _deal_states(state, self.optimizer)
+            self.optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(schedule)
 
     def _load_from_checkpoint(
@@ -215,10 +247,14 @@ class ShardableTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             self._load_from_checkpoint(cast(str, self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
+
+    def _zero(self) -> Any:
+        """DeepSpeed's optimizer, which Accelerate has wrapped."""
+        return cast(Any, self.optimizer).optimizer
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse a checkpoint that does not fit; the Trainer would warn and keep old weights."""
@@ -238,11 +274,11 @@ class ShardableTrainer(Trainer):
 def spread(model: PreTrainedModel, args: TrainingArguments) -> Iterator[PreTrainedModel]:
     """Within, the model to train in place of this one, which has its weights again afterwards.
 
-    FSDP changes modules for good. So it is given a copy that takes the weights over, and they come
-    back whole, on the CPU of every process. Without FSDP it is the model itself. After an exception
-    the model is without weights: the other processes may be gone.
+    FSDP and DeepSpeed change modules for good. So they are given a copy that takes the weights
+    over, and these come back whole, on the CPU of every process. Without them it is the model
+    itself. After an exception the model is without weights: the other processes may be gone.
     """
-    if not _asked(args):
+    if not (_asked(args) or deepspeed_asked()):
         yield model
         return
     taken = {
@@ -255,7 +291,8 @@ def spread(model: PreTrainedModel, args: TrainingArguments) -> Iterator[PreTrain
     whole = dict(trained.named_parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.data = _whole(whole[name].detach()).cpu()
+            # A copy: to DeepSpeed a parameter is a view of the vector of all of them.
+            parameter.data = _whole(whole[name].detach()).to("cpu", copy=True)
         for name, buffer in trained.named_buffers():
             model.get_buffer(name).data = buffer.detach().cpu()
 
