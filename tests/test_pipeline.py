@@ -32,6 +32,8 @@ from hfprune.publishing.report import Report
 from hfprune.publishing.units import Pruning
 from hfprune.recipe import Recipe
 
+pytestmark = pytest.mark.xdist_group("the walk")  # one worker makes the finished run, once
+
 STEPS = {
     "dense": "Fine-tuning the dense model",
     "scores": "Scoring heads and neurons",
