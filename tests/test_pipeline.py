@@ -84,6 +84,22 @@ def copied(finished, tmp_path):
     return dataclasses.replace(recipe, output=str(tmp_path / "run"))
 
 
+@pytest.fixture(scope="module")
+def compared(finished, tmp_path_factory):
+    """The finished run, judged further: by other criteria and on other data."""
+    folder = tmp_path_factory.mktemp("compared") / "run"
+    shutil.copytree(finished[0].output, folder)
+    recipe = changed(
+        dataclasses.replace(finished[0], output=str(folder)),
+        "measure",
+        curve=("macs=80%", "macs=50%"),
+        also={"others": finished[0].data.dev},
+        lengths=(),
+    )
+    said = []
+    return recipe, hfprune.run(recipe, say=said.append), said
+
+
 def at(recipe: Recipe, name: str = "") -> Path:
     return Path(recipe.output, name)
 
@@ -127,9 +143,9 @@ def test_a_run_leaves_every_artefact(finished):
     assert scores.examples == 24
 
 
-def test_criteria_are_compared_at_the_budgets_of_the_curve(copied):
-    recipe = changed(copied, "measure", curve=("macs=80%", "macs=50%"))
-    points = hfprune.run(recipe, say=str).curve
+def test_criteria_are_compared_at_the_budgets_of_the_curve(compared):
+    recipe, report, _ = compared
+    points = report.curve
     series = [point.series for point in points]
     assert series == ["dense", *(["reconstruction"] * 2), *(["magnitude"] * 2), *(["random"] * 2)]
     dense, scores = hfprune.from_pretrained(at(recipe, "dense")), Scores.load(at(recipe, "scores"))
@@ -525,10 +541,8 @@ def test_the_energy_of_every_step_is_kept_where_it_can_be_read(tmp_path, monkeyp
     assert steps.Steps(recipe, str, Processes()).energy == {}
 
 
-def test_data_of_another_kind_are_judged_besides(copied):
-    recipe = changed(copied, "measure", also={"others": copied.data.dev}, lengths=())
-    said = []
-    report = hfprune.run(recipe, say=said.append)
+def test_data_of_another_kind_are_judged_besides(compared):
+    recipe, report, said = compared
     assert done_before(said) == list(STEPS)[:-2]
     others = dataclasses.replace(recipe.data, test=recipe.data.dev)
     batches = evaluation_batches(dataclasses.replace(recipe, data=others))
