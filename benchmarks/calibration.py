@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -21,13 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from quality import ROOT, Seed, mean_and_spread
+from quality import ROOT, Seed, kept, mean_and_spread, spread
 from rich.console import Console
 from rich.table import Table
 
 import hfprune
 from hfprune.evaluation.evaluate import evaluate_classification
-from hfprune.files import write_whole
 from hfprune.pipeline import calibration_batches
 
 RUNS = ROOT / "runs" / "benchmark-calibration"
@@ -60,11 +58,7 @@ def measured(seed: Seed, sentences: int, budgets: list[str], criterion: str) -> 
     """What one seed gives with so many sentences, from the disk if it was measured before."""
     name = "-".join([criterion, *budgets]).replace("%", "").replace("=", "")
     file = RUNS / f"seed-{seed.seed}-{sentences}-{name}.json"
-    if not file.is_file():
-        result = measure(seed, sentences, budgets, criterion)
-        write_whole(file, json.dumps(result) + "\n")
-        print(f"seed {seed.seed}, {sentences} sentences: {result}", flush=True)
-    return dict(json.loads(file.read_text()))
+    return kept(file, lambda: measure(seed, sentences, budgets, criterion))
 
 
 def measure(seed: Seed, sentences: int, budgets: list[str], criterion: str) -> Measured:
@@ -116,7 +110,7 @@ def draw(table: dict[int, list[Measured]], budgets: list[str], path: Path) -> No
     for budget in budgets:
         lost = [[measured[budget] for measured in of] for of in table.values()]
         means = [statistics.mean(values) for values in lost]
-        spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in lost]
+        spreads = [spread(values) for values in lost]
         axes.errorbar(list(table), means, spreads, marker="o", capsize=3, label=budget)
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(table), [str(sentences) for sentences in table])

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from competitors.exchange import Job, Widths
-from quality import ROOT, Seed, mean_and_spread
+from quality import ROOT, Seed, kept, mean_and_spread
 
 import hfprune
 from hfprune.files import write_whole
@@ -217,12 +217,12 @@ class Comparison:
 
     def _left(self, criterion: str, budget: float) -> dict[str, float]:
         """Shares of MACs and parameters that hfprune's plan keeps."""
-        file = self.folder / f"hfprune-{criterion}-{budget:.0%}.json"
-        if not file.is_file():
+
+        def shares() -> dict[str, float]:
             plan = hfprune.plan(self.seed.dense, self.seed.scores, f"macs={budget}", criterion)
-            shares = {"macs": plan.macs_share, "params": plan.params_share}
-            write_whole(file, json.dumps(shares) + "\n")
-        return dict(json.loads(file.read_text()))
+            return {"macs": plan.macs_share, "params": plan.params_share}
+
+        return kept(self.folder / f"hfprune-{criterion}-{budget:.0%}.json", shares)
 
 
 def rows_of(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

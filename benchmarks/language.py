@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-from quality import ROOT
+from quality import ROOT, kept
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
 import hfprune
 from hfprune.evaluation.evaluate import evaluate_perplexity
-from hfprune.files import write_whole
 from hfprune.importance.losses import Batch
 from hfprune.pipeline import calibration_batches, evaluation_batches, run
 from hfprune.publishing.figures import draw_curve
@@ -131,12 +129,7 @@ class Gemma:
     def _kept(
         self, name: str, measure: Callable[[], dict[str, Perplexity]]
     ) -> dict[str, Perplexity]:
-        file = RUNS / f"{name}-{self.blocks or 'all'}.json"
-        if not file.is_file():
-            measured = measure()
-            write_whole(file, json.dumps(measured) + "\n")
-            print(f"{name}: {measured}", flush=True)
-        return dict(json.loads(file.read_text()))
+        return kept(RUNS / f"{name}-{self.blocks or 'all'}.json", measure)
 
 
 def table(kind: str, dense: Perplexity, found: dict[Key, Perplexity]) -> Table:

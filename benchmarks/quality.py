@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +30,7 @@ from transformers import PreTrainedModel
 import hfprune
 from hfprune.data import Batches
 from hfprune.evaluation.evaluate import evaluate_classification
+from hfprune.files import write_whole
 from hfprune.pipeline import calibration_batches, evaluation_batches, run
 from hfprune.publishing.figures import draw_curve
 from hfprune.publishing.report import CurvePoint
@@ -37,6 +39,7 @@ from hfprune.recipe import Recipe
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "benchmark-quality"
 
+Measured = TypeVar("Measured")
 Key = tuple[str, str, float]  # criterion, stage, budget
 
 
@@ -134,12 +137,7 @@ class Seed:
         return 100 * evaluate_classification(model, self.test).value
 
     def _kept(self, name: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        file = RUNS / f"seed-{self.seed}-{self.loss}-{name}.json"
-        if not file.is_file():
-            measured = measure()
-            file.write_text(json.dumps(measured) + "\n")
-            print(f"seed {self.seed}, {name}: {measured}", flush=True)
-        return dict(json.loads(file.read_text()))
+        return kept(RUNS / f"seed-{self.seed}-{self.loss}-{name}.json", measure)
 
 
 def show(accuracy: dict[Key, list[float]], dense: list[float]) -> None:
@@ -171,10 +169,24 @@ def points(accuracy: dict[Key, list[float]], dense: list[float]) -> list[CurvePo
     return made
 
 
+def kept(file: Path, measure: Callable[[], Measured]) -> Measured:
+    """What is measured once: read from its file if it is there, else measured and written."""
+    if not file.is_file():
+        measured = measure()
+        write_whole(file, json.dumps(measured) + "\n")
+        print(f"{file.stem}: {measured}", flush=True)
+    found: Measured = json.loads(file.read_text())
+    return found
+
+
+def spread(values: list[float]) -> float:
+    """Standard deviation over seeds; 0 of a single one."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def mean_and_spread(values: list[float], digits: int = 1) -> str:
     """As in a table: 86.1 ± 0.4."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {spread(values):.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
-from quality import ROOT, Seed, mean_and_spread
+from quality import ROOT, Seed, kept, mean_and_spread
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, TrainerCallback
@@ -100,22 +100,23 @@ class Bench:
     def measured(self, way: str, budget: float) -> Measured:
         """The cost and the accuracy of one way's model, from the disk if it was measured before."""
         name = f"seed-{self.seed.seed}-{way.replace(' ', '-')}-{budget:.0%}"
-        file = self.folder / f"{name}.json"
-        if not file.is_file():
-            self.minutes, self.checkpoints = 0.0, self.folder / f"{name}-checkpoints"
+        checkpoints = self.folder / f"{name}-checkpoints"
+
+        def measure() -> Measured:
+            self.minutes, self.checkpoints = 0.0, checkpoints
             model = WAYS[way](self, budget)
             accuracy = 100 * evaluate_classification(model, self.seed.test).value
-            found = {
+            return {
                 "macs": layers_macs(Anatomy.of(model), self.tokens)
                 / layers_macs(self.anatomy, self.tokens),
                 "accuracy": accuracy,
                 "lost": self.seed.dense_accuracy - accuracy,
                 "minutes": self.minutes,
             }
-            write_whole(file, json.dumps(found) + "\n")
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
-            print(f"{name}: {found}", flush=True)
-        return dict(json.loads(file.read_text()))
+
+        found = kept(self.folder / f"{name}.json", measure)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        return found
 
     @property
     def tokens(self) -> int:
