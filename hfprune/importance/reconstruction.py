@@ -12,10 +12,15 @@ Errors are taken relative to the size of the outlet's output at each token, and 
 size, which leaves their product as it is. Sizes can differ a thousandfold: where a norm follows the
 outlet, as in Gemma 3, the first token's output is tiny and its gradient huge, and without this one
 token would decide which directions count.
+
+The second moment of a wide outlet's inputs is what costs: columns^2 multiplications a token, twice
+the layer's own. So it is taken from as many tokens as that many columns need, drawn by their weight
+(importance sampling), and not from all.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -29,13 +34,18 @@ from hfprune.structure.anatomy import Group
 DAMPING = 0.01
 """Added to the inputs' second moments, relative to their mean; as the ridge of compensation."""
 
-_STEPS = 100
+TOKENS_PER_COLUMN = 4
+"""From how many calibration tokens the second moments of an outlet's inputs are taken."""
+
+_STEPS = 50
 """Units go in so many steps; those of one step in the order of their errors before it."""
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass
 class Moments:
-    """Second moments at one outlet, float64 sums over calibration tokens.
+    """Second moments at one outlet, sums over calibration tokens in float32 or wider.
 
     Attributes:
         inputs: (columns + 1, columns + 1) of the inputs and a constant one over the output's size,
@@ -66,11 +76,18 @@ class Joint:
 
 
 class MomentSums:
-    """Running moments of every group, one batch after another."""
+    """Running moments of every group, one batch after another.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        model: whose outlets they are.
+        batches: how many there will be, of all processes, if that is known: then tokens are drawn.
+    """
+
+    def __init__(self, model: PreTrainedModel, batches: int | None = None) -> None:
         self.moments: dict[str, Moments] = {}
         self._model = model
+        self._batches = batches
+        self._dtype = torch.promote_types(model.dtype, torch.float32)
         self._batch: Batch = {}
 
     def start(self, batch: Batch) -> None:
@@ -86,35 +103,63 @@ class MomentSums:
         size, inputs, gradient = (
             by_example(self._batch, t) for t in (size[..., None], inputs, gradient)
         )
-        wide = torch.promote_types(inputs.dtype, torch.float32)
-        x, g = inputs.to(wide), gradient.to(wide) * size
+        size, g = size.to(self._dtype), gradient.to(self._dtype) * size
         weight = g.square().sum(dim=-1)  # (batch, tokens)
-        mask = padding_mask(self._batch, x, is_decoder(self._model, group))
-        real = torch.ones_like(weight) if mask is None else mask.to(wide)
+        mask = padding_mask(self._batch, inputs, is_decoder(self._model, group))
+        real = torch.ones_like(weight) if mask is None else mask.to(weight)
         mean = weight.sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp(min=1)
-        size = size.squeeze(-1)
-        weight = ((weight + mean * real) / 2 / size.square()).where(size > 0, 0.0)
-        x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1).flatten(0, 1)
+        weight = ((weight + mean * real) / 2).where(size.squeeze(-1) > 0, 0.0).flatten()
+        drawn, weight = drawn_tokens(weight, self._tokens_wanted(inputs.shape[-1], len(weight)))
+        x = inputs.flatten(0, 1)[drawn].to(weight)
+        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+        x = x * (weight.sqrt() / size.flatten()[drawn].clamp(min=_TINY))[:, None]
         g = g.flatten(0, 1)
-        found = Moments(((x * weight.flatten()[:, None]).T @ x).double(), (g.T @ g).double())
-        if group.name in self.moments:
-            self.moments[group.name].inputs += found.inputs
-            self.moments[group.name].gradients += found.gradients
-        else:
-            self.moments[group.name] = found
+        moments = self._of(group, inputs.shape[-1], g.shape[-1], g.device)
+        moments.inputs.addmm_(x.T, x)
+        moments.gradients.addmm_(g.T, g)
+
+    def _of(self, group: Group, columns: int, outputs: int, device: torch.device) -> Moments:
+        """The sums of a group, which begin at zero."""
+        if group.name not in self.moments:
+            sides = (columns + 1, outputs)
+            empty = (torch.zeros(n, n, dtype=self._dtype, device=device) for n in sides)
+            self.moments[group.name] = Moments(*empty)
+        return self.moments[group.name]
+
+    def _tokens_wanted(self, columns: int, given: int) -> int:
+        """How many of a batch's tokens make up its share."""
+        if self._batches is None:
+            return given
+        return min(given, math.ceil(TOKENS_PER_COLUMN * columns / self._batches))
 
     def reduce(self, groups: Iterable[tuple[Group, int, int]], device: torch.device) -> None:
         """Add up the sums of all processes, for groups with their numbers of columns and outputs;
         a process may have had no batch.
         """
         for group, columns, outputs in groups:
-            empty = Moments(
-                torch.zeros(columns + 1, columns + 1, dtype=torch.float64, device=device),
-                torch.zeros(outputs, outputs, dtype=torch.float64, device=device),
-            )
-            moments = self.moments.setdefault(group.name, empty)
+            moments = self._of(group, columns, outputs, device)
             dist.all_reduce(moments.inputs)
             dist.all_reduce(moments.gradients)
+
+
+def drawn_tokens(weight: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens that stand for all: by systematic sampling, which draws a token as often as its weight
+    is met by equal steps through the sum of weights. Nothing is random.
+
+    Args:
+        weight: (tokens,), not negative.
+        count: how many tokens to draw; all of them are their own sample.
+
+    Returns:
+        (count,) indices, repeated where a token is heavy, and (count,) their weights, whose sum is
+        that of all.
+    """
+    if count == len(weight):
+        return torch.arange(count, device=weight.device), weight
+    reached = weight.double().cumsum(dim=0)
+    steps = (torch.arange(count, dtype=torch.float64, device=weight.device) + 0.5) / count
+    index = torch.searchsorted(reached, steps * reached[-1]).clamp(max=len(weight) - 1)
+    return index, (reached[-1] / count).to(weight).expand(count)
 
 
 def removal_errors(joint: Joint) -> torch.Tensor:
@@ -126,37 +171,45 @@ def removal_errors(joint: Joint) -> torch.Tensor:
     moments, units = joint.moments, joint.units
     weight = joint.weight.to(moments.inputs.device, torch.float64)
     importance = weight.new_zeros(units)
-    trace = moments.gradients.trace()
+    gradients = moments.gradients.double()
+    trace = gradients.trace()
     if not units or not trace:
         return importance
-    inverse = _damped_inverse(moments.inputs, joint.bias)
-    seen, directions = torch.linalg.eigh(moments.gradients / trace)
+    inverse = _damped_inverse(moments.inputs.double(), joint.bias)
+    seen, directions = torch.linalg.eigh(gradients / trace)
     rows = weight @ (directions * seen.clamp(min=0).sqrt())
     width = len(weight) // units
-    left = torch.arange(units, device=weight.device)
+    columns = torch.arange(len(weight), device=weight.device).unflatten(0, (units, width))
+    left = torch.ones(units, dtype=torch.bool, device=weight.device)
     most = weight.new_zeros(())
-    while len(left):
-        pieces = rows.unflatten(0, (-1, width))  # (units left, width, outputs)
-        inside = inverse.unflatten(0, (-1, width)).unflatten(2, (-1, width))
-        own = inside.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (units left, width, width)
-        # Of single numbers a batched factorization takes as long as all the rest.
-        solved = pieces / own if width == 1 else torch.linalg.solve(own, pieces)
-        errors = (pieces * solved).sum(dim=(1, 2))
-        going = errors.argsort(stable=True)[: max(1, units // _STEPS)]
-        stay = torch.ones_like(left, dtype=torch.bool).index_fill(0, going, False)
-        gone = (going[:, None] * width + torch.arange(width, device=going.device)).flatten()
-        kept = stay.repeat_interleave(width).nonzero().flatten()
+    for first in range(0, units, step := max(1, units // _STEPS)):
+        own = inverse[columns[:, :, None], columns[:, None, :]]  # (units, width, width)
+        errors = _quadratic(rows.unflatten(0, (units, width)), own).where(left, torch.inf)
+        going = errors.argsort(stable=True)[: min(step, units - first)]
+        gone = columns[going].flatten()
         # A Cholesky factor takes the units of a step one after another.
         factor = torch.linalg.cholesky(inverse[gone[:, None], gone])
         added = torch.linalg.solve_triangular(factor, rows[gone], upper=False)
         steps = added.square().sum(dim=1).unflatten(0, (-1, width)).sum(dim=1)
         steps = torch.maximum(steps.cummax(dim=0).values, most)
-        importance[left[going]], most = steps, steps[-1]
-        shares = torch.cholesky_solve(inverse[gone[:, None], kept], factor)
-        rows = rows[kept] - shares.T @ rows[gone]
-        inverse = inverse[kept[:, None], kept] - inverse[kept[:, None], gone] @ shares
-        left = left[stay]
+        importance[going], most, left[going] = steps, steps[-1], False
+        shares = torch.cholesky_solve(inverse[gone], factor)
+        rows.addmm_(shares.T, rows[gone], alpha=-1)
+        inverse.addmm_(inverse[:, gone], shares, alpha=-1)
+        # What is gone has no part in what follows; in place, which is faster than to cut it out.
+        rows[gone], inverse[gone], inverse[:, gone] = 0.0, 0.0, 0.0
+        inverse[gone, gone] = 1.0
     return importance
+
+
+def _quadratic(pieces: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """(units,) trace of pieces^T own^-1 pieces, of (units, width, outputs) and (units, width,
+    width).
+    """
+    if own.shape[-1] == 1:  # a batched factorization of single numbers takes as long as all else
+        return torch.linalg.vector_norm(pieces, dim=(1, 2)).square() / own.flatten()
+    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(own), pieces, upper=False)
+    return whitened.square().sum(dim=(1, 2))
 
 
 def _damped_inverse(inputs: torch.Tensor, bias: bool) -> torch.Tensor:
@@ -165,7 +218,5 @@ def _damped_inverse(inputs: torch.Tensor, bias: bool) -> torch.Tensor:
     damping = DAMPING * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
     if bias:
         gram = gram - torch.outer(inputs[:-1, -1], inputs[-1, :-1]) / inputs[-1, -1]
-    damped: torch.Tensor = gram + damping * torch.eye(
-        len(gram), dtype=gram.dtype, device=gram.device
-    )
-    return torch.linalg.inv(damped)
+    damped = gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped))

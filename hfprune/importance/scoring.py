@@ -140,7 +140,7 @@ def score(
         model: a transformers model of a known family; left as it was.
         batches: what the model is called with, {name: tensor}; with labels for the loss on them.
         criteria: names from the registry; all of them by default. Leave out `reconstruction` where
-            memory is tight: it needs (columns^2 + outputs^2) float64 numbers an outlet.
+            memory is tight: it needs (columns^2 + outputs^2) float32 numbers an outlet.
         loss: "labels", the model's own loss; "sampled", its loss on labels drawn from its own
             predictions, and "logits", how far its logits move, for which no labels are needed; or
             (model, batch) -> a loss summed over examples or labelled tokens.
@@ -156,8 +156,9 @@ def score(
     wanted = {name: criterion_named(name) for name in criteria or CRITERIA}
     chosen = loss_named(loss, seed) if isinstance(loss, str) else loss
     anatomy = Anatomy.of(model)
-    gathering = Gathering(model, anatomy, joint=not JOINT.isdisjoint(wanted))
     total = len(batches) if isinstance(batches, Sized) else None
+    joint = None if JOINT.isdisjoint(wanted) else MomentSums(model, total)
+    gathering = Gathering(model, anatomy, joint)
     # The graph would hold every weight that was brought; computed again, a layer brings its own.
     offloaded = any(map(is_offloaded, model.modules()))
     again = recomputing(model) if checkpointing or offloaded else nullcontext()
@@ -229,14 +230,16 @@ def _ranks(values: torch.Tensor) -> torch.Tensor:
 class Gathering:
     """Running sums per group, in two halves of the examples so that their agreement shows."""
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, joint: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, anatomy: Anatomy, joint: MomentSums | None = None
+    ) -> None:
         self.absolute: dict[str, torch.Tensor] = {}
         self.squared: dict[str, torch.Tensor] = {}
         self.inputs: dict[str, torch.Tensor] = {}
         self.examples = 0
         self.tokens = 0
         self.parts: list[Group | Block] = [*anatomy, *anatomy.experts]
-        self.joint = MomentSums(model) if joint else None
+        self.joint = joint
         self._model = model
         self._batch: Batch = {}
         self._index = 0

@@ -5,8 +5,15 @@ import tiny
 import torch
 
 from hfprune.importance.gates import frozen, gate_gradients, outlet_of, output_gradients
-from hfprune.importance.reconstruction import DAMPING, Joint, Moments, MomentSums, removal_errors
-from hfprune.importance.scoring import score
+from hfprune.importance.reconstruction import (
+    DAMPING,
+    Joint,
+    Moments,
+    MomentSums,
+    drawn_tokens,
+    removal_errors,
+)
+from hfprune.importance.scoring import rank_correlation, score
 from hfprune.structure.anatomy import Anatomy
 
 COLUMNS, OUTPUTS, TOKENS = 12, 5, 60
@@ -158,3 +165,35 @@ def test_scores_are_the_errors_of_each_outlet(family):
     for block in anatomy.experts:  # they share no outlet
         fisher = scores.by("fisher")[block.name]
         torch.testing.assert_close(scores.by("reconstruction")[block.name], fisher)
+
+
+def test_drawn_tokens_stand_for_all_by_their_weight():
+    weight = torch.rand(500, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 4
+    weight[100:200], weight[7] = 0.0, 20.0
+    index, share = drawn_tokens(weight, 60)
+    assert float(share.sum()) == pytest.approx(float(weight.sum()))
+    fair = 60 * weight / weight.sum()
+    assert (index.bincount(minlength=500) - fair).abs().max() < 1
+    everything, own = drawn_tokens(weight, 500)
+    assert everything.tolist() == list(range(500)) and own is weight
+    assert drawn_tokens(torch.zeros(5), 2)[1].tolist() == [0.0, 0.0]
+
+
+def test_moments_of_drawn_tokens_order_units_as_those_of_all_do():
+    model = tiny.model("llama").double()
+    group = next(g for g in Anatomy.of(model) if g.kind == "neuron")
+    batch = {"input_ids": torch.zeros(10, 400, dtype=torch.long)}
+    columns, outputs = 32, 8
+    draw = torch.Generator().manual_seed(1)
+    normal = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)  # noqa: E731
+    inputs = normal(10, 400, columns) @ normal(columns, columns) * normal(columns).exp()
+    weight, gradient = normal(columns, outputs), normal(10, 400, outputs)
+    gradient = gradient * normal(10, 400, 1).exp()  # tokens that matter unlike
+    found = []
+    for batches in (None, 1):
+        sums = MomentSums(model, batches)
+        sums.start(batch)
+        sums.receive(group, (inputs @ weight).norm(dim=-1), inputs, gradient)
+        found.append(removal_errors(Joint(sums.moments[group.name], weight, columns, bias=False)))
+    assert not torch.equal(*found)
+    assert rank_correlation(*found) > 0.95
