@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -147,6 +148,14 @@ class DistillationTrainer(ShardableTrainer):
         outlets = attention_outlets if args.attention_weight and attention_outlets else {}
         self._student_outlets = [submodule(student, path, "student") for path in outlets]
         self._teacher_outlets = [submodule(teacher, path, "teacher") for path in outlets.values()]
+        self._wanted: dict[str, Any] = {}
+        if args.hidden_weight:
+            self._wanted["output_hidden_states"] = True
+        if self._weights.keys() <= {"hidden", "attention"} and all(
+            map(_can_omit, (model, teacher))
+        ):
+            # Nobody reads the logits: over a large vocabulary they cost more than all layers.
+            self._wanted["logits_to_keep"] = 1
         self._encoder = (
             set(student.get_encoder().modules()) if student.config.is_encoder_decoder else set()
         )
@@ -221,15 +230,15 @@ class DistillationTrainer(ShardableTrainer):
         scale = Counted(*(self.accelerator.num_processes / totals.clamp(min=1)))  # type: ignore[union-attr]
 
         rows = inputs.pop(ROW, None)
-        states = {"output_hidden_states": True} if self.args.hidden_weight else {}
+        given = inputs if self.args.task_weight else self._unlabelled(inputs)
         with outputs_of(self._student_outlets) as student_outlets:
-            student = model(**inputs, **states)
+            student = model(**given, **self._wanted)
         teacher: Mapping[str, Any] = {}
         with outputs_of(self._teacher_outlets) as teacher_outlets:
             if self._cache is not None and rows is not None:
                 teacher = {"logits": self._cache.logits(rows, counted.predictions)}
             elif self._weights.keys() != {"task"}:  # which asks nothing of the teacher
-                teacher = self._teacher_outputs(inputs, states)
+                teacher = self._teacher_outputs(inputs, self._wanted)
 
         parts: dict[str, Tensor] = {}
         if self.args.task_weight:
@@ -312,20 +321,29 @@ class DistillationTrainer(ShardableTrainer):
 
     @torch.no_grad()
     def _teacher_outputs(
-        self, inputs: Mapping[str, Any], states: Mapping[str, bool]
+        self, inputs: Mapping[str, Any], wanted: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         """The teacher on the same batch; no labels, unless the decoder's inputs come from them."""
-        dropped = () if self.teacher.config.is_encoder_decoder else self.label_names
-        given = {name: value for name, value in inputs.items() if name not in dropped}
+        given = self._unlabelled(inputs)
         for name, value in given.items():
             if torch.is_tensor(value) and value.is_floating_point():
                 given[name] = value.to(self.teacher.dtype)
-        return self.teacher(**given, **states)
+        return self.teacher(**given, **wanted)
+
+    def _unlabelled(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch without what only the model's own loss reads."""
+        dropped = () if self._student.config.is_encoder_decoder else self.label_names
+        return {name: value for name, value in inputs.items() if name not in dropped}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint to resume from, whose config has the model's own `use_cache`."""
         with use_cache(self._student, self._own_use_cache):
             super()._save_checkpoint(model, trial)
+
+
+def _can_omit(model: nn.Module) -> bool:
+    """Whether a model computes the logits of as few positions as it is asked for."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def distill(

@@ -327,6 +327,27 @@ def test_hidden_states_skip_padding_and_follow_the_layer_map(layer_map, tmp_path
     torch.testing.assert_close(loss, sum(errors) / len(errors))
 
 
+def test_logits_that_nobody_reads_are_not_computed(tmp_path):
+    torch.manual_seed(0)
+    student, teacher = llama(), llama()
+    batch, seen = collate(examples(llama, 3)), []
+    for model in (student, teacher):
+        model.lm_head.register_forward_hook(lambda *call: seen.append(call[-1].shape[1]))
+    alone = part(student, teacher, batch, tmp_path / "alone", "hidden")
+    assert seen == [1, 1]
+    part(student, teacher, batch, tmp_path / "logits", "logits")
+    assert seen[2:] == [batch["input_ids"].shape[1]] * 2
+    ours = student(**batch, output_hidden_states=True).hidden_states
+    theirs = teacher(**batch, output_hidden_states=True).hidden_states
+    errors = [
+        (ours[layer][row, at] - theirs[layer][row, at]).square().mean()
+        / theirs[layer][row, at].square().mean()
+        for layer in (1, 2)
+        for row, at in batch["attention_mask"].nonzero().tolist()
+    ]
+    torch.testing.assert_close(alone, sum(errors) / len(errors))
+
+
 def test_decoder_states_count_by_the_labels(tmp_path):
     student, teacher = pair(t5)
     batch = collate(examples(t5, 4))
