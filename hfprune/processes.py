@@ -160,7 +160,9 @@ def launched() -> Iterator[Processes]:
         plugin.set_mixed_precision(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
         refuse_deepspeed(plugin)
         if not is_deepspeed_available():
-            raise HfpruneError("DeepSpeed is asked for and not installed: pip install deepspeed.")
+            raise HfpruneError(
+                "DeepSpeed is asked for and not installed: pip install 'hfprune[deepspeed]'."
+            )
     if fsdp_asked():
         from accelerate.utils import FullyShardedDataParallelPlugin
 
