@@ -37,6 +37,7 @@ from transformers import (
 
 import hfprune
 from hfprune.importance.losses import Batch, labels_loss
+from hfprune.structure.fitness import forget_gguf
 
 FORWARD, KEEPING = "forward", "forward, activations kept"
 
@@ -136,8 +137,7 @@ def plain_checkpoint(arguments: argparse.Namespace) -> Iterator[str]:
     model = AutoModelForCausalLM.from_pretrained(
         arguments.model, dtype=torch.float32, gguf_file=arguments.gguf_file
     )
-    vars(model).update(hf_quantizer=None, is_quantized=False)  # the weights are plain by now
-    del model.config.quantization_config
+    forget_gguf(model)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         del model

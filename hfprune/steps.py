@@ -41,6 +41,7 @@ from hfprune.recipe import FREE, Recipe
 from hfprune.recovery.compensation import compensate
 from hfprune.rounds import Round, budget_on_given, constraints_on_given, in_all
 from hfprune.structure.checkpoint import from_pretrained, remember_origin
+from hfprune.structure.fitness import forget_gguf
 from hfprune.tasks import Processor, task_named
 from hfprune.training import Training
 
@@ -337,11 +338,7 @@ class Steps:
         model = self.task.load(self.recipe.model, **extra)
         check_classes(names, list((model.config.id2label or {}).values()))
         if self.recipe.gguf_file:
-            # The weights are plain tensors by now; what is left of the GGUF loader only forbids
-            # saving.
-            vars(model).update(hf_quantizer=None, is_quantized=False)
-            if hasattr(model.config, "quantization_config"):
-                del model.config.quantization_config
+            forget_gguf(model)
         remember_origin(model, self.recipe.revision, self.recipe.gguf_file or "config.json")
         return model.eval()
 

@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def forget_gguf(model: PreTrainedModel) -> None:
+    """Make a model that was read from a GGUF file one like any other, in place: its weights are
+    plain tensors by then, and what is left of the loader only forbids saving.
+    """
+    vars(model).update(hf_quantizer=None, is_quantized=False)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
 def check_plain(model: PreTrainedModel) -> None:
     """Refuse, before any change, a model whose tensors are not all there and its own.
 
