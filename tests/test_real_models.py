@@ -14,6 +14,7 @@ from hfprune.data import Batches, load_splits
 from hfprune.evaluation.evaluate import evaluate_perplexity
 from hfprune.examples import blocks
 from hfprune.recipe import Recipe
+from hfprune.structure.fitness import forget_gguf
 from hfprune.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
@@ -67,8 +68,7 @@ def test_gemma_prunes_compensates_reloads_and_generates(tmp_path):
     calibration = list(Batches(data["train"], collate, 2, 6))
     test = list(Batches(data["test"], collate, 2, 4))
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    vars(model).update(hf_quantizer=None, is_quantized=False)
-    del model.config.quantization_config
+    forget_gguf(model)
 
     scores = hfprune.score(model, calibration, ["reconstruction"])
     plan = hfprune.plan(model, scores, "params=80%")
