@@ -11,7 +11,7 @@ stays in runs/: a second call goes on where the first one stopped; remove a fold
 It prints a table of accuracies and one of what is left (compare.md), and draws the accuracies
 (compare.png).
 
-optipfair 0.4.2 prunes gated FFNs only, which BERT has not, and is no part of this.
+optipfair 0.4.2 prunes gated FFNs only, which BERT has not: benchmarks/language.py compares with it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ REQUIREMENTS = (
     *("torch==2.13.0", "transformers==4.57.6", "huggingface-hub<1", "scipy>=1.11"),
     "torch-pruning==1.6.1",
 )
-ALONE = ("textpruner==1.1",)  # asks for more than it needs here
+ALONE = ("textpruner==1.1", "optipfair==0.4.2")  # they ask for more than they need here
 COLUMNS = ("input_ids", "attention_mask", "labels")
 KWON = "https://github.com/WoosukKwon/retraining-free-pruning"
 COMMIT = "806ac5a"

@@ -1,11 +1,13 @@
-"""Perplexity against parameters on Gemma 3 270m, without training: budgets x criteria, on text of
-the calibration's kind and of another.
+"""Perplexity against parameters on Gemma 3 270m: budgets x criteria without training, and after the
+recipe's short distillation, on text of the calibration's kind and of another.
 
     python scripts/fetch_quickstart.py gemma3-270m movie movie-text editorial-text
     python benchmarks/language.py
 
-prints, for every budget of the layers' parameters, the perplexity after removal and after
-compensation, and draws it as a share of the dense model's. All that is measured stays in
+prints, for every budget of the layers' parameters, the perplexity after removal, after compensation
+and, by the recipe's criterion where --distill names the budget, after distillation; and draws it as
+a share of the dense model's. optipfair 0.4.2 stands beside it at equal parameters, run in the
+environment of benchmarks/compare.py. All that is measured stays in
 runs/benchmark-language/: a second call goes on where the first one stopped.
 """
 
@@ -13,25 +15,40 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import subprocess
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
+import torch
+from compare import environment
 from quality import ROOT, kept
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hfprune
 from hfprune.evaluation.evaluate import evaluate_perplexity
+from hfprune.files import write_whole
 from hfprune.importance.losses import Batch
 from hfprune.pipeline import calibration_batches, evaluation_batches, run
+from hfprune.processes import Processes
 from hfprune.publishing.figures import draw_curve
 from hfprune.publishing.report import CurvePoint
 from hfprune.recipe import Recipe
+from hfprune.steps import Steps
+from hfprune.structure.anatomy import Anatomy
+from hfprune.structure.cost import layers_params
 
 RUNS = ROOT / "runs" / "benchmark-language"
+
+OPTIPFAIR = {
+    "optipfair-maw": "optipfair, MAW",
+    "optipfair-maw-data": "optipfair, MAW with activations",
+}
+"""Method of `competitors.optipfair` -> its name in the table."""
 
 Key = tuple[str, float]  # method, budget
 Perplexity = dict[str, float]  # by the text's kind
@@ -46,6 +63,8 @@ def main() -> None:
         nargs="+",
         default=["reconstruction", "fisher", "activation", "magnitude"],
     )
+    parser.add_argument("--distill", type=float, nargs="*", default=[0.8], metavar="BUDGET")
+    parser.add_argument("--optipfair", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--blocks", type=int, help="test blocks of each kind at most")
     arguments = parser.parse_args()
     gemma = Gemma(arguments.blocks)
@@ -55,6 +74,12 @@ def main() -> None:
         for budget in arguments.budgets:
             for stage, values in gemma.pruned(criterion, budget).items():
                 found[f"{criterion}, {stage}", budget] = values
+    criterion = gemma.recipe.prune.criterion
+    for budget in arguments.distill:
+        found[f"{criterion}, distilled", budget] = gemma.distilled(criterion, budget)
+    if arguments.optipfair:
+        for method, budget, values in gemma.optipfair(arguments.budgets):
+            found[method, budget] = values
     for kind in dense:
         Console().print(table(kind, dense, found))
     figure = RUNS / "language.png"
@@ -115,13 +140,58 @@ class Gemma:
         """After removal, and after compensation."""
 
         def measure() -> dict[str, Perplexity]:
-            plan = hfprune.plan(self.dense, self.scores, f"params={budget}", criterion)
+            plan = self._plan(criterion, budget)
             smaller = hfprune.remove(self.dense, plan)
             removed = self._judge(smaller)
             hfprune.compensate(self.dense, smaller, self.calibration, plan.keep)
             return {"removed": removed, "compensated": self._judge(smaller)}
 
         return self._kept(f"{criterion}-{budget:.0%}", measure)
+
+    def distilled(self, criterion: str, budget: float) -> Perplexity:
+        """After compensation and the recipe's distillation."""
+        name = f"{criterion}-{budget:.0%}-distilled"
+
+        def measure() -> dict[str, Perplexity]:
+            plan = self._plan(criterion, budget)
+            student = hfprune.remove(self.dense, plan, compensate=self.calibration)
+            training = Steps(self.recipe, print, Processes()).training
+            training.distil(student, self.dense, plan.layer_map, RUNS / f"{name}-checkpoints")
+            return {"distilled": self._judge(student)}
+
+        return self._kept(name, measure)["distilled"]
+
+    def optipfair(self, budgets: list[float]) -> Iterator[tuple[str, float, Perplexity]]:
+        """What optipfair makes of the same, all parameters taken from the FFNs."""
+        anatomy = Anatomy.of(self.dense)
+        neurons = [group for group in anatomy if group.kind == "neuron"]
+        everything = layers_params(anatomy)
+        without = layers_params(anatomy, {group.name: () for group in neurons})
+        removed = {f"{b:.0%}": (1 - b) * everything / (everything - without) for b in budgets}
+        job = {
+            "dense": str(Path(self.recipe.output) / "dense"),
+            "calibration": torch.cat([b["input_ids"] for b in self.calibration]).tolist(),
+            "removed": removed,
+            "output": str(RUNS),
+        }
+        write_whole(RUNS / "optipfair.job", json.dumps(job) + "\n")
+        if not all((RUNS / f"{method}-{b}").is_dir() for method in OPTIPFAIR for b in removed):
+            command = [environment(), "-m", "competitors.optipfair", str(RUNS / "optipfair.job")]
+            subprocess.run(command, cwd=Path(__file__).parent, check=True)
+        for method, row in OPTIPFAIR.items():
+            for budget in budgets:
+                folder = RUNS / f"{method}-{budget:.0%}"
+
+                def measure(folder: Path = folder, budget: float = budget) -> dict[str, Perplexity]:
+                    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+                    share = layers_params(Anatomy.of(model)) / everything
+                    assert abs(share - budget) < 0.002, f"{folder.name} keeps {share:.2%}"
+                    return {"removed": self._judge(model)}
+
+                yield row, budget, self._kept(folder.name, measure)["removed"]
+
+    def _plan(self, criterion: str, budget: float) -> hfprune.PruningPlan:
+        return hfprune.plan(self.dense, self.scores, f"params={budget}", criterion)
 
     def _judge(self, model: PreTrainedModel) -> Perplexity:
         return {kind: evaluate_perplexity(model, data).value for kind, data in self.test.items()}
@@ -138,8 +208,8 @@ def table(kind: str, dense: Perplexity, found: dict[Key, Perplexity]) -> Table:
     title = f"Perplexity on {kind} text (dense {dense[kind]:.1f}), by parameters kept"
     made = Table("method", *(f"{budget:.0%}" for budget in budgets), title=title)
     for method in dict.fromkeys(method for method, _ in found):
-        values = [found[method, budget][kind] for budget in budgets]
-        made.add_row(method, *(f"{v:.1f} ({v / dense[kind]:.3f})" for v in values))
+        values = [found.get((method, budget), {}).get(kind) for budget in budgets]
+        made.add_row(method, *(f"{v:.1f} ({v / dense[kind]:.3f})" if v else "" for v in values))
     return made
 
 
