@@ -80,7 +80,7 @@ class ShardableTrainer(Trainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._shards:
             self._refuse_adapters()
         if self.is_fsdp_enabled:
             self._prepare_sharding()
@@ -93,6 +93,11 @@ class ShardableTrainer(Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
+
+    @property
+    def _shards(self) -> bool:
+        """Whether FSDP or DeepSpeed shards what is trained."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _refuse_adapters(self) -> None:
         if not isinstance(self.model, PreTrainedModel):
@@ -197,7 +202,7 @@ class ShardableTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as `Trainer.save_model` does; sharded weights are gathered."""
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if not self._shards:
             super().save_model(output_dir, _internal_call)
             return
         self._save(output_dir, state_dict=_whole_state(self.model, keep=self.args.should_save))
@@ -225,8 +230,7 @@ class ShardableTrainer(Trainer):
     # Loading.
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if not sharded or checkpoint is None:
+        if not self._shards or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         files = [Path(checkpoint, name) for name in (OPTIMIZER_NAME, SCHEDULER_NAME)]
@@ -247,7 +251,7 @@ class ShardableTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._shards:
             self._load_from_checkpoint(cast(str, self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
