@@ -93,7 +93,8 @@ def sampled_loss(model: PreTrainedModel, batch: Batch, seed: int = 0) -> torch.T
         return _drawn_cross_entropy(logits, generators)
     counted = _counted(model, batch, logits)
     if shifts_labels(model):
-        logits, counted = logits[:, :-1], counted[:, 1:]
+        # The logits of the last token stay where they are: without them all would be copied.
+        counted = F.pad(counted[:, 1:], (0, 1))
     return _drawn_cross_entropy(logits, generators, counted)
 
 

@@ -29,6 +29,7 @@ from hfprune.importance.criteria import (
     Evidence,
     criterion_named,
 )
+from hfprune.importance.cross_entropy import LeanCrossEntropy
 from hfprune.importance.diagnosis import check_finite, warn_if_unsettled
 from hfprune.importance.gates import (
     frozen,
@@ -163,7 +164,8 @@ def score(
     offloaded = any(map(is_offloaded, model.modules()))
     again = recomputing(model) if checkpointing or offloaded else nullcontext()
     device = torch.device("cpu") if model.device.type == "meta" else model.device
-    with frozen(model), uncached(model), gathering.watch(anatomy), again, torch.enable_grad():
+    watching = gathering.watch(anatomy)
+    with frozen(model), uncached(model), watching, again, LeanCrossEntropy(), torch.enable_grad():
         shares = _shares(tqdm(batches, "scoring", total, delay=2, leave=False), model)
         for index, batch, counts in shares:
             here = {name: tensor.to(device) for name, tensor in batch.items()}
