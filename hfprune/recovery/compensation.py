@@ -7,20 +7,20 @@ regression in float64, layer by layer in forward order, each on the inputs that 
 and refitted layers before it really give. The closed form is that of layer-wise reconstruction (He
 et al. 2017, arXiv:1707.06168). The target is the dense model's residual stream after the outlet,
 not the outlet's own output: so each outlet also takes back the error that earlier layers left in
-the stream.
+the stream, through a norm that lies between, too.
 
-Fits are judged on a held-out part of the batches. It chooses the ridge, which pulls to the weights
-as they are, and leaves an outlet alone where no fit is better there than what it has.
+Fits are judged on held-out examples. They choose the ridge, which pulls to the weights as they are,
+or one scale for each unit (Kwon et al. 2022, arXiv:2204.09656), or leave an outlet alone where no
+fit is better there than what it has.
 """
 
 from __future__ import annotations
 
-import functools
+import copy
 import logging
-import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -29,26 +29,43 @@ from transformers import PreTrainedModel
 
 from hfprune.errors import DataError, HfpruneError
 from hfprune.importance.gates import evaluating, outlet_of
-from hfprune.importance.losses import Batch, is_decoder, padding_mask
-from hfprune.recovery.least_squares import RIDGES, UNCHOSEN, Moments, solve
+from hfprune.importance.losses import Batch, examples_in, is_decoder
+from hfprune.recovery.junctions import Junction, junction_of, watch
+from hfprune.recovery.layer_calls import HELD_OUT, LayerCall, Reached, advance, layer_calls
+from hfprune.recovery.least_squares import Moments, best_fit
 from hfprune.structure.anatomy import Anatomy, Block, Group, axis_of, layer_of
 from hfprune.structure.architectures import row_of
 from hfprune.structure.cost import Selection
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT = 5
-"""One batch in so many is held out to choose the ridge."""
+_SPARED = 0.1
+"""How little a scaling between an outlet and the stream may give a feature, in mean squares of all
+features, before the outlet is spared the stream's error there: it would grow out of proportion.
+"""
 
 
 @dataclass
-class _Call:
-    """How a layer was called in one batch: the hidden state, and the rest of its arguments."""
+class _Target:
+    """What an outlet should give, one tensor (positions, outputs) for every batch.
 
-    hidden: torch.Tensor
-    # Per layer: (args after the hidden state, kwargs).
-    rest: list[tuple[tuple[object, ...], dict[str, object]]]
-    mask: torch.Tensor | None  # (batch, tokens): which positions are not padding
+    Attributes:
+        sums: the dense model's residual stream after the outlet.
+        outputs: of the dense outlet, less `unscaled` times what joined the stream.
+        unscaled: what one unit of the stream's error is at the outlet's output; empty where its
+            output joins the stream as it is.
+    """
+
+    sums: list[torch.Tensor] = field(default_factory=list)
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    unscaled: list[torch.Tensor] = field(default_factory=list)
+
+    def wanted(self, batch: int, stream: torch.Tensor) -> torch.Tensor:
+        """The output that would give the dense sum with the pruned model's own stream."""
+        joining = self.sums[batch] - stream
+        if not self.unscaled:
+            return joining
+        return self.outputs[batch] + joining * self.unscaled[batch]
 
 
 def compensate(
@@ -59,8 +76,11 @@ def compensate(
 ) -> PreTrainedModel:
     """Refit every outlet of a pruned model, in place, to the dense model's residual stream.
 
-    Memory: the hidden states of all batches twice, the residual sums of one layer, and one
-    (columns x columns) covariance in float64. Time: about five forward passes over the layers.
+    If it raises, the pruned model is as it was before.
+
+    Memory: the hidden states of all batches twice and what else their layers are called with, the
+    residual sums of one layer, a copy of the outlets, and four (columns x columns) matrices in
+    float64 for the widest of them. Time: about five forward passes over the layers.
 
     Args:
         dense: the model before removal.
@@ -73,11 +93,16 @@ def compensate(
         The pruned model.
 
     Raises:
-        DataError: there are no batches.
+        DataError: there are no batches, or an outlet's inputs or target are not finite in one (it
+            names both).
         HfpruneError: layers went, and `kept` does not say which.
     """
     if not len(batches):
         raise DataError("There are no calibration batches to compensate on; give at least one.")
+    if sum(map(examples_in, batches)) < HELD_OUT:
+        logger.warning(
+            "Fits are judged on every %dth example, and there are fewer: give more.", HELD_OUT
+        )
     anatomy, before = Anatomy.of(pruned), Anatomy.of(dense)
     layers = [_layers(before.stacks[stack.stack], stack, kept or {}) for stack in anatomy.stacks]
     dense_groups = {(g.stack, g.layer, g.kind, g.part): g for g in before}
@@ -91,7 +116,8 @@ def compensate(
         if b.units < experts[b.stack, layers[b.stack][b.layer][0]]
     }
     bar = tqdm(total=len(anatomy.groups), desc="compensating", delay=2, leave=False)
-    with torch.no_grad(), evaluating(dense), evaluating(pruned):
+    whole = _all_or_nothing([outlet_of(pruned, group) for group in anatomy])
+    with torch.no_grad(), evaluating(dense), evaluating(pruned), bar, whole:
         for index, stack in enumerate(row_of(pruned.config.model_type).stacks):
             groups = [g for g in anatomy if g.stack == index]
             changed = [
@@ -104,32 +130,32 @@ def compensate(
             if not changed:
                 continue
             decoder = is_decoder(pruned, changed[0])
-            ours = _calls(pruned, stack.layers, batches, decoder)
-            theirs = _calls(dense, stack.layers, batches, decoder)
+            ours = layer_calls(pruned, stack.layers, batches, decoder)
+            theirs = layer_calls(dense, stack.layers, batches, decoder)
             for before_first in range(layers[index][0][0]):
-                _advance(dense, stack.layers, theirs, before_first)
+                advance(dense, stack.layers, theirs, before_first)
             for layer, (own, last) in enumerate(layers[index]):
                 here = [g for g in groups if g.layer == layer]
                 same = [twins[g.name] for g in here]
-                points = [_sum_point(dense, g, theirs[0], own) for g in same]
-                sums = _dense_sums(dense, stack.layers, same, points, theirs, own)
+                junctions = [junction_of(dense, g, theirs[0], own) for g in same]
+                targets = _targets(dense, stack.layers, same, junctions, theirs, own)
                 for gone in range(own + 1, last + 1):
                     end = dense_groups.get((index, gone, same[-1].kind, same[-1].part))
                     # Where experts come after the last outlet, its sum is not the layer's.
-                    if end is None or points[-1] is None or end.kind != "neuron":
-                        _advance(dense, stack.layers, theirs, gone)
+                    if end is None or junctions[-1].sum is None or end.kind != "neuron":
+                        advance(dense, stack.layers, theirs, gone)
                     else:
-                        sums[-1:] = _dense_sums(
-                            dense, stack.layers, [end], points[-1:], theirs, gone
+                        (further,) = _targets(
+                            dense, stack.layers, [end], junctions[-1:], theirs, gone
                         )
-                for group, point, targets in zip(here, points, sums, strict=True):
+                        targets[-1].sums = further.sums
+                for group, junction, target in zip(here, junctions, targets, strict=True):
                     # An outlet that lost nothing is refitted too, once the layers before it have
                     # changed.
                     if layer >= changed[0].layer:
-                        _refit(pruned, group, ours, layer, point, targets)
+                        _refit(pruned, group, ours, layer, junction, target)
                     bar.update()
-                _advance(pruned, stack.layers, ours, layer)
-    bar.close()
+                advance(pruned, stack.layers, ours, layer)
     return pruned
 
 
@@ -144,221 +170,85 @@ def _layers(dense: Block, pruned: Block, kept: Selection) -> list[tuple[int, int
     return list(zip(stayed, dense.stands_for(stayed), strict=True))
 
 
-class _Reached(Exception):
-    """All that is wanted of a forward pass is known; what comes after need not run."""
-
-
-def _calls(
-    model: PreTrainedModel, layers: str, batches: Sequence[Batch], decoder: bool
-) -> list[_Call]:
-    """Run the model up to its last layer and keep how each of its layers is called."""
-    modules = list(model.base_model.get_submodule(layers).children())
-
-    def stop(module: nn.Module, args: object, output: object) -> None:
-        raise _Reached
-
-    calls = []
-    for batch in batches:
-        seen: list[tuple[tuple[object, ...], dict[str, object]]] = []
-
-        def see(
-            module: nn.Module,
-            args: tuple[object, ...],
-            kwargs: dict[str, object],
-            seen: list = seen,
-        ) -> None:
-            seen.append((args, kwargs))
-
-        hooks = [m.register_forward_pre_hook(see, with_kwargs=True) for m in modules]
-        hooks.append(modules[-1].register_forward_hook(stop))
-        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        try:
-            model(**inputs, **({"use_cache": False} if model.can_generate() else {}))
-        except _Reached:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
-        rest = [(args[1:], kwargs) for args, kwargs in seen]
-        hidden = seen[0][0][0]
-        assert isinstance(hidden, torch.Tensor)
-        mask = padding_mask(inputs, hidden, decoder)
-        calls.append(_Call(hidden, rest, None if mask is None else mask.bool()))
-    return calls
-
-
-def _run(layer: nn.Module, call: _Call, index: int) -> torch.Tensor:
-    """The layer's output hidden state for one batch."""
-    args, kwargs = call.rest[index]
-    output = layer(call.hidden, *args, **kwargs)
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _sum_point(dense: PreTrainedModel, group: Group, call: _Call, index: int) -> str | None:
-    """Where an outlet's output joins the residual stream: the module whose input is the sum.
-
-    Found by looking rather than by a table: in one batch, the first module input (or "" for the
-    layer's output) that is the outlet's output plus a tensor seen before. None where a norm or a
-    scale lies between, as in Gemma 3.
-    """
-    layer, outlet = layer_of(dense, group), outlet_of(dense, group)
-    paths = {module: path for path, module in layer.named_modules()}
-    seen: list[torch.Tensor] = [call.hidden]
-    after: list[tuple[str, torch.Tensor]] = []
-    output: list[torch.Tensor] = []
-
-    def look(module: nn.Module, args: tuple[object, ...]) -> None:
-        if args and isinstance(args[0], torch.Tensor) and args[0].shape == call.hidden.shape:
-            if output:
-                after.append((paths[module], args[0]))
-            else:
-                seen.append(args[0])
-
-    hooks = [m.register_forward_pre_hook(look) for m in paths if m is not layer]
-    hooks.append(outlet.register_forward_hook(lambda module, args, out: output.append(out)))
-    try:
-        after.append(("", _run(layer, call, index)))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for path, tensor in after:
-        rest = (tensor - output[0]).float()
-        scale = rest.abs().max()
-        if any((rest - s.float()).abs().max() < 0.01 * scale for s in seen):
-            return path
-    return None
-
-
 @contextmanager
-def _watch(
-    model: PreTrainedModel,
-    group: Group,
-    point: str | None,
-    mask: torch.Tensor | None,
-    stop: bool = False,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Collect, of the coming run, the outlet's "input", its "output" and the residual "sum".
-
-    Each is (positions, features) without padding. Where there is no sum point, the sum is the
-    output. With `stop` the run ends by `_Reached` once all three are known.
-    """
-    found: dict[str, torch.Tensor] = {}
-    layer, outlet = layer_of(model, group), outlet_of(model, group)
-
-    def flat(tensor: torch.Tensor) -> torch.Tensor:
-        rows = tensor.flatten(0, -2)
-        return rows if mask is None else rows[mask.flatten()]
-
-    def at_outlet(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        found["input"], found["output"] = flat(args[0]), flat(output)
-        found.setdefault("sum", found["output"])
-        if stop and point is None:
-            raise _Reached
-
-    def at_sum(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        found["sum"] = flat(args[0])
-        if stop:
-            raise _Reached
-
-    def at_end(
-        module: nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]
-    ) -> None:
-        found["sum"] = flat(output[0] if isinstance(output, tuple) else output)
-
-    hooks = [outlet.register_forward_hook(at_outlet)]
-    if point == "":
-        hooks.append(layer.register_forward_hook(at_end))
-    elif point is not None:
-        hooks.append(layer.get_submodule(point).register_forward_pre_hook(at_sum))
+def _all_or_nothing(outlets: Sequence[nn.Module]) -> Iterator[None]:
+    """Give outlets the weights back that they had, if something is raised."""
+    before = [copy.deepcopy(outlet.state_dict()) for outlet in outlets]
     try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+        yield
+    except BaseException:
+        for outlet, state in zip(outlets, before, strict=True):
+            outlet.load_state_dict(state)
+        raise
 
 
-def _dense_sums(
+def _targets(
     dense: PreTrainedModel,
     layers: str,
     groups: Sequence[Group],
-    points: Sequence[str | None],
-    calls: Sequence[_Call],
+    junctions: Sequence[Junction],
+    calls: Sequence[LayerCall],
     index: int,
-) -> list[list[torch.Tensor]]:
-    """Per group and batch the dense residual sum; the calls advance to the next layer."""
+) -> list[_Target]:
+    """What the dense layer gives, for each group; the calls advance to the next layer."""
     layer = dense.base_model.get_submodule(f"{layers}.{index}")
-    sums: list[list[torch.Tensor]] = [[] for _ in groups]
+    targets = [_Target() for _ in groups]
     for call in calls:
         with ExitStack() as stack:
-            found = [
-                stack.enter_context(_watch(dense, group, point, call.mask))
-                for group, point in zip(groups, points, strict=True)
+            watched = [
+                stack.enter_context(watch(dense, group, junction, call))
+                for group, junction in zip(groups, junctions, strict=True)
             ]
-            hidden = _run(layer, call, index)
+            hidden = call.run(layer, index)
         call.hidden = hidden
-        for known, values in zip(sums, found, strict=True):
-            known.append(values["sum"])
-    return sums
-
-
-def _advance(model: PreTrainedModel, layers: str, calls: Sequence[_Call], index: int) -> None:
-    layer = model.base_model.get_submodule(f"{layers}.{index}")
-    for call in calls:
-        call.hidden = _run(layer, call, index)
+        for target, junction, (seen,) in zip(targets, junctions, watched, strict=True):
+            target.sums.append(seen.sum)
+            if junction.scaling is not None:
+                gain = (seen.joined / seen.output).nan_to_num(0.0, 0.0, 0.0)
+                spared = _SPARED * gain.square().mean(dim=1, keepdim=True)
+                unscaled = gain / (gain.square() + spared).clamp(min=torch.finfo(gain.dtype).tiny)
+                target.unscaled.append(unscaled)
+                target.outputs.append(seen.output - seen.joined * unscaled)
+    return targets
 
 
 def _refit(
     pruned: PreTrainedModel,
     group: Group,
-    calls: Sequence[_Call],
+    calls: Sequence[LayerCall],
     index: int,
-    point: str | None,
-    targets: Sequence[torch.Tensor],
+    junction: Junction,
+    target: _Target,
 ) -> None:
-    """Set an outlet's weights, and its bias if it has one, to the least-squares solution."""
+    """Set an outlet's weights, and its bias if it has one, to the best fit."""
     outlet = outlet_of(pruned, group)
-
-    def moments(batch: int) -> Moments:
-        call = calls[batch]
-        with _watch(pruned, group, point, call.mask, stop=True) as found, suppress(_Reached):
-            _run(layer_of(pruned, group), call, index)
-        # What the outlet should give, so that the sum with the pruned model's own stream is the
-        # dense sum.
-        wanted = targets[batch] - (found["sum"] - found["output"])
-        return Moments.of(found["input"], wanted)
-
-    train, held_out = _parts(len(calls))
-    fit = _total(moments(i) for i in train)
-    held = _total(moments(i) for i in held_out) if held_out else None
     current = _as_rows(outlet)
+    fit, held = Moments.like(current), Moments.like(current)
+    for batch, call in enumerate(calls):
+        with watch(pruned, group, junction, call, stop=True) as found, suppress(Reached):
+            call.run(layer_of(pruned, group), index)
+        (seen,) = found
+        wanted = target.wanted(batch, seen.sum - seen.joined)
+        fit.add(seen.input[~call.held], wanted[~call.held])
+        held.add(seen.input[call.held], wanted[call.held])
+        if not (fit.is_finite() and held.is_finite()):
+            raise DataError(
+                f"{group.outlet}: its inputs, or what it should give, are not finite in calibration"
+                f" batch {batch}."
+            )
     bias = getattr(outlet, "bias", None) is not None
-    everything = fit if held is None else fit + held
-    if everything.count < len(current):
+    chosen = best_fit(fit, held, current, group.units, bias)
+    fit.absorb(held)
+    if fit.count < len(current):
         logger.warning(
             "%s has %d columns and only %d calibration tokens: give more examples.",
             group.outlet,
             len(current) - 1,
-            everything.count,
+            fit.count,
         )
-    best = UNCHOSEN
-    if held is not None:
-        errors = {ridge: held.error(solve(fit, current, ridge, bias)) for ridge in RIDGES}
-        best = min(errors, key=errors.__getitem__)
-        if errors[best] >= held.error(current):
-            return  # what a fit would gain on these examples it would lose on others
-    solution = solve(everything, current, best, bias)
-    if everything.error(solution) < everything.error(current):
+    solution = chosen(fit)
+    if fit.error(solution) < fit.error(current):
         _write(outlet, solution)
-
-
-def _parts(count: int) -> tuple[list[int], list[int]]:
-    """Batch numbers to fit on and to choose the ridge on."""
-    held = [i for i in range(count) if i % HELD_OUT == HELD_OUT - 1]
-    return [i for i in range(count) if i not in set(held)], held
-
-
-def _total(parts: Iterable[Moments]) -> Moments:
-    return functools.reduce(operator.add, parts)
 
 
 def _as_rows(outlet: nn.Module) -> torch.Tensor:

@@ -2,45 +2,65 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Candidates for the ridge, relative to the mean squared input; the held-out part chooses among
+"""Candidates for the ridge, relative to the mean squared input; held-out examples choose among
 them, or to leave the outlet as it is.
 """
 
-UNCHOSEN = 1e-1
-"""The ridge where there are too few batches to hold one out."""
+UNJUDGED = 1e-1
+"""The ridge where there are too few examples to hold one out."""
 
 
 @dataclass
 class Moments:
-    """Second moments of inputs (with a one appended for the bias) and targets, in float64."""
+    """Sums over positions of products of inputs (with a one appended for the bias) and targets.
 
-    inputs: torch.Tensor  # (columns + 1, columns + 1)
-    cross: torch.Tensor  # (columns + 1, outputs)
-    targets: float
-    count: int
+    Attributes:
+        inputs: (columns + 1, columns + 1) float64.
+        cross: (columns + 1, outputs) float64.
+        targets: of their squares.
+        count: of positions.
+    """
 
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(
-            self.inputs + other.inputs,
-            self.cross + other.cross,
-            self.targets + other.targets,
-            self.count + other.count,
-        )
+    inputs: torch.Tensor
+    cross: torch.Tensor
+    targets: float = 0.0
+    count: int = 0
 
     @staticmethod
-    def of(inputs: torch.Tensor, targets: torch.Tensor) -> Moments:
-        """Products in at least float32, sums in float64."""
+    def like(weights: torch.Tensor) -> Moments:
+        """Of no position yet, for weights (columns + 1, outputs) float64."""
+        return Moments(weights.new_zeros(len(weights), len(weights)), torch.zeros_like(weights))
+
+    def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """Count positions in, (positions, columns) and (positions, outputs): products in at least
+        float32.
+        """
         wide = torch.promote_types(inputs.dtype, torch.float32)
         x = torch.cat([inputs.to(wide), inputs.new_ones(len(inputs), 1, dtype=wide)], dim=1)
         y = targets.to(wide)
-        return Moments(
-            (x.T @ x).double(), (x.T @ y).double(), float(y.double().square().sum()), len(x)
-        )
+        self.inputs += x.T @ x
+        self.cross += x.T @ y
+        self.targets += float(y.double().square().sum())
+        self.count += len(x)
+
+    def absorb(self, other: Moments) -> None:
+        """Count in what another has counted."""
+        self.inputs += other.inputs
+        self.cross += other.cross
+        self.targets += other.targets
+        self.count += other.count
+
+    def is_finite(self) -> bool:
+        """Whether all inputs and targets were: on the diagonal are the inputs' squares."""
+        return math.isfinite(self.targets) and bool(self.inputs.diagonal().isfinite().all())
 
     def error(self, weights: torch.Tensor) -> float:
         """Mean squared error over positions of weights (columns + 1, outputs)."""
@@ -48,13 +68,70 @@ class Moments:
         return (float(fitted) + self.targets) / max(1, self.count)
 
 
-def solve(moments: Moments, current: torch.Tensor, ridge: float, bias: bool) -> torch.Tensor:
-    """Ridge regression towards the current weights: (columns + 1, outputs), the bias last."""
-    size = len(moments.inputs) if bias else len(moments.inputs) - 1
-    gram, cross = moments.inputs[:size, :size], moments.cross[:size]
-    scale = gram.diagonal()[: len(moments.inputs) - 1].mean()
-    pull = torch.full((size,), ridge, dtype=torch.float64, device=gram.device) * scale
-    if bias:
-        pull[-1] = 1e-9 * gram[-1, -1]  # the bias is free
-    solution = torch.linalg.solve(gram + pull.diag(), cross + pull[:, None] * current[:size])
-    return solution if bias else torch.cat([solution, current[size:]])
+Fit = Callable[[Moments], torch.Tensor]
+"""From moments to weights (columns + 1, outputs), the bias last."""
+
+
+def best_fit(fit: Moments, held: Moments, current: torch.Tensor, units: int, bias: bool) -> Fit:
+    """What does best on held-out positions: a ridge towards the current weights, one scale for each
+    unit, or the current weights as they are.
+
+    Args:
+        fit: what candidates are fitted to.
+        held: what they are judged on; of no position, if there are too few examples.
+        current: (columns + 1, outputs) float64, the bias last.
+        units: how many, of equally many consecutive columns each.
+        bias: whether there is one to fit.
+    """
+    ridges: list[Fit] = [partial(ridge, current=current, size=r, bias=bias) for r in RIDGES]
+    if not held.count:
+        return partial(ridge, current=current, size=UNJUDGED, bias=bias)
+    by_unit: Fit = partial(scaled, current=current, units=units)
+    as_it_is: Fit = partial(_unchanged, current=current)
+    candidates = [as_it_is, *ridges, by_unit]
+    return min(candidates, key=lambda candidate: held.error(candidate(fit)))
+
+
+def ridge(moments: Moments, current: torch.Tensor, size: float, bias: bool) -> torch.Tensor:
+    """Ridge regression towards the current weights."""
+    columns = len(moments.inputs) - 1
+    used = columns + 1 if bias else columns
+    pull = size * _scale(moments.inputs.diagonal()[:columns])
+    gram = moments.inputs[:used, :used].clone()
+    gram.diagonal()[:columns] += pull
+    cross = moments.cross[:used].clone()
+    cross[:columns] += pull * current[:columns]
+    if bias:  # free, but for what makes it one solution
+        pull = 1e-9 * gram[-1, -1].clamp(min=1.0)
+        gram[-1, -1] += pull
+        cross[-1] += pull * current[-1]
+    solution = torch.cholesky_solve(cross, torch.linalg.cholesky(gram))
+    return solution if bias else torch.cat([solution, current[used:]])
+
+
+def scaled(moments: Moments, current: torch.Tensor, units: int) -> torch.Tensor:
+    """The current weights, the columns of every unit times one number, by least squares.
+
+    Kwon et al. 2022, arXiv:2204.09656, section 3.4: fewer numbers than a regression has, for when
+    there is little to fit them to.
+    """
+    columns = len(current) - 1
+    rows = current[:columns]
+    by_unit = (units, columns // units if units else 0)
+    products = moments.inputs[:columns, :columns] * (rows @ rows.T)
+    gram = products.unflatten(1, by_unit).sum(2).unflatten(0, by_unit).sum(1)
+    wanted = moments.cross[:columns] - torch.outer(moments.inputs[:columns, -1], current[-1])
+    cross = (rows * wanted).sum(dim=1).unflatten(0, by_unit).sum(dim=1)
+    pull = RIDGES[0] * _scale(gram.diagonal())
+    gram.diagonal().add_(pull)
+    scales = torch.linalg.solve(gram, cross + pull)
+    return torch.cat([rows * scales.repeat_interleave(by_unit[1])[:, None], current[columns:]])
+
+
+def _unchanged(moments: Moments, current: torch.Tensor) -> torch.Tensor:
+    return current
+
+
+def _scale(squares: torch.Tensor) -> torch.Tensor:
+    """Their mean, or next to nothing where there are none or all are 0."""
+    return squares.sum().div(max(1, len(squares))).clamp(min=1e-30)

@@ -8,7 +8,9 @@ import torch
 
 from hfprune.errors import DataError, HfpruneError
 from hfprune.importance.gates import outlet_of
-from hfprune.recovery.compensation import _calls, _sum_point, compensate
+from hfprune.recovery.compensation import compensate
+from hfprune.recovery.junctions import Junction, junction_of
+from hfprune.recovery.layer_calls import layer_calls
 from hfprune.structure.anatomy import Anatomy, axis_of, layer_of
 from hfprune.structure.architectures import row_of
 from hfprune.structure.surgery import copy_and_cut
@@ -125,7 +127,7 @@ def sums_error(dense, pruned, group, data):
 def test_the_first_outlets_error_never_grows_and_is_least_squares(family):
     """Before the first cut nothing differs, so the outlet's own output is the sum's error."""
     dense = tiny.model(family)
-    data = batches(dense, count=20)
+    data = batches(dense, count=60)
     for group in list(Anatomy.of(dense))[:2]:
         pruned = single(dense, group, uneven(Anatomy.of(dense))[group.name])
         before = sums_error(dense, pruned, group, data)
@@ -298,23 +300,30 @@ def test_only_outlets_change_and_modes_come_back(family):
 
 
 @pytest.mark.parametrize(
-    ("family", "points"),
+    ("family", "junctions"),
     [
-        ("bert", ["attention.output.LayerNorm", "output.LayerNorm"]),
-        ("llama", ["post_attention_layernorm", ""]),
-        ("gpt2", ["ln_2", ""]),
-        ("gemma3_text", [None, None]),
-        ("t5", ["layer.1", ""]),
+        ("bert", [("attention.output.LayerNorm",), ("output.LayerNorm",)]),
+        ("llama", [("post_attention_layernorm",), ("",)]),
+        ("gpt2", [("ln_2",), ("",)]),
+        (
+            "gemma3_text",
+            [
+                ("pre_feedforward_layernorm", "post_attention_layernorm"),
+                ("", "post_feedforward_layernorm"),
+            ],
+        ),
+        ("t5", [("layer.1",), ("",)]),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_sum_point_is_where_the_outlet_joins_the_stream(family, points, dtype):
+def test_the_junction_is_where_the_outlet_joins_the_stream(family, junctions, dtype):
     model = tiny.model(family, dtype=dtype)
     with torch.no_grad():
         stack = row_of(family).stacks[0]
-        (call,) = _calls(model, stack.layers, batches(model, count=1), decoder=False)
+        (call,) = layer_calls(model, stack.layers, batches(model, count=1), decoder=False)
         groups = [g for g in Anatomy.of(model) if g.stack == 0 and g.layer == 0]
-        assert [_sum_point(model, group, call, 0) for group in groups] == points
+        found = [junction_of(model, group, call, 0) for group in groups]
+        assert found == [Junction(*junction) for junction in junctions]
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
@@ -396,10 +405,106 @@ def test_no_batches():
         compensate(dense, pruned, [])
 
 
-def test_few_tokens_do_no_harm():
+def test_few_tokens_do_no_harm(caplog):
     dense = tiny.model("bert")
     pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
     data = [{name: tensor[:1, :4] for name, tensor in batches(dense)[0].items()}]
     fresh = batches(dense, seed=7)
     refitted = compensate(dense, copy.deepcopy(pruned), data)
     assert error(refitted, dense, fresh) < 2 * error(pruned, dense, fresh)
+    assert "encoder.layer.0.attention.output.dense has 16 columns and only 4 calib" in caplog.text
+
+
+def cut_in_the_first_layer(dense):
+    """A model that lost half of its first layer's units: all later ones read what that changed."""
+    keep = uneven(Anatomy.of(dense))
+    return copy_and_cut(dense, {g.name: keep[g.name] for g in Anatomy.of(dense) if not g.layer})
+
+
+def test_a_later_outlet_is_fitted_to_the_stream_s_error_on_what_it_really_reads():
+    dense = tiny.model("llama")
+    data = batches(dense, count=60)
+    refitted = compensate(dense, cut_in_the_first_layer(dense), data)
+    found = {"reads": [], "stream": [], "wanted": []}
+
+    def keep_rows(name):
+        return lambda module, args, *_: found[name].append(flat(args[0], batch))
+
+    for batch in data:
+        layer, same = refitted.model.layers[1], dense.model.layers[1]
+        hooks = [
+            layer.self_attn.o_proj.register_forward_hook(keep_rows("reads")),
+            layer.register_forward_hook(keep_rows("stream")),
+            same.post_attention_layernorm.register_forward_hook(keep_rows("wanted")),
+        ]
+        with torch.no_grad():
+            refitted(**batch)
+            dense(**batch)
+        for hook in hooks:
+            hook.remove()
+    reads, stream, wanted = (torch.cat(rows) for rows in found.values())
+    least = reads @ torch.linalg.lstsq(reads, wanted - stream).solution
+    weight = refitted.model.layers[1].self_attn.o_proj.weight.detach().double()
+
+    def left(output):
+        return float((stream + output - wanted).square().mean())
+
+    original = dense.model.layers[1].self_attn.o_proj.weight.detach().double()
+    assert left(reads @ weight.T) < left(reads @ original.T)
+    assert left(reads @ weight.T) <= 1.1 * left(least)
+
+
+def test_the_stream_is_made_good_through_a_norm_that_lies_between(monkeypatch):
+    dense = tiny.model("gemma3_text")
+    data = batches(dense, count=20)
+    pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
+    through = compensate(dense, copy.deepcopy(pruned), data)
+    monkeypatch.setattr(
+        "hfprune.recovery.compensation.junction_of", lambda *_: Junction(None)
+    )  # the outlet's own output
+    own = compensate(dense, pruned, data)
+    assert error(through, dense, data) < error(own, dense, data)
+
+
+@pytest.mark.parametrize("family", ["bert", "gemma3_text"])
+def test_how_examples_are_batched_does_not_matter(family):
+    dense = tiny.model(family, dtype=torch.float64)
+    pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
+    data = batches(dense, count=6)
+    one = {name: torch.cat([batch[name] for batch in data]) for name in data[0]}
+    refitted = compensate(dense, copy.deepcopy(pruned), data)
+    assert_close_models(compensate(dense, pruned, [one]), refitted, rtol=1e-6, atol=1e-8)
+
+
+def test_what_is_not_finite_is_refused_by_name_and_nothing_is_changed():
+    dense = tiny.model("bert")
+    pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
+    with torch.no_grad():
+        dense.bert.embeddings.word_embeddings.weight[7] = torch.nan
+        pruned.bert.embeddings.word_embeddings.weight[7] = torch.nan
+    data = batches(dense, count=6)
+    for number, batch in enumerate(data):
+        ids = batch["input_ids"]
+        batch["input_ids"] = ids.where(ids != 7, 8) if number != 4 else ids.clone().fill_(7)
+    with pytest.raises(DataError, match=r"layer\.0\.attention.* not finite in calibration batch 4"):
+        compensate(dense, pruned, data)
+
+
+@torch.no_grad()
+def test_what_was_refitted_before_an_error_is_undone():
+    dense = tiny.model("bert")
+    pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
+    before = copy.deepcopy(pruned)
+    dense.bert.encoder.layer[2].output.dense.weight[0] = torch.inf
+    with pytest.raises(DataError, match=r"layer\.2\.output"):
+        compensate(dense, pruned, batches(dense))
+    assert_close_models(pruned, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("examples", "warned"), [(4, True), (5, False)])
+def test_too_few_examples_to_hold_any_out(examples, warned, caplog):
+    dense = tiny.model("bert")
+    pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
+    data = [{name: t[:1] for name, t in batch.items()} for batch in batches(dense, count=examples)]
+    compensate(dense, pruned, data)
+    assert ("Fits are judged on every 5th example" in caplog.text) == warned
