@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hfprune.planning.latency import LatencyTable, measure_latency
     from hfprune.planning.plan import PruningPlan
     from hfprune.planning.solve import plan, plan_family
-    from hfprune.pruning import inspect, preview, prune, remove
+    from hfprune.pruning import inspect, masked, preview, prune, remove
     from hfprune.publishing.family import publish_family
     from hfprune.publishing.hub import publish
     from hfprune.recipe import Recipe
@@ -60,6 +60,7 @@ _HOMES = {
     "distill": "recovery.distillation",
     "from_pretrained": "structure.checkpoint",
     "inspect": "pruning",
+    "masked": "pruning",
     "measure_latency": "planning.latency",
     "plan": "planning.solve",
     "plan_family": "planning.solve",
@@ -98,6 +99,7 @@ __all__ = [
     "distill",
     "from_pretrained",
     "inspect",
+    "masked",
     "measure_latency",
     "plan",
     "plan_family",

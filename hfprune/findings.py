@@ -14,7 +14,7 @@ from hfprune.evaluation.evaluate import Difference, Quality, paired_difference
 from hfprune.evaluation.hardware import machine
 from hfprune.evaluation.measure import measure_side_by_side
 from hfprune.planning.plan import PruningPlan
-from hfprune.pruning import preview
+from hfprune.pruning import masked
 from hfprune.publishing.report import CurvePoint, Judged, Report, Variant, weights_of
 from hfprune.publishing.units import Pruning
 from hfprune.structure.cost import counted_macs
@@ -115,7 +115,7 @@ class Findings:
                 for r in self.steps.rounds
             ]
         for made in compared:
-            with preview(dense, made):
+            with masked(dense, made):
                 found.append((made.criterion, made.macs_share, self._judge(dense)))
         if found:
             found.insert(0, ("dense", 1.0, quality["dense"]))

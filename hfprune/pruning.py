@@ -1,14 +1,17 @@
-"""The walk in single calls: inspect, preview, remove, and prune for all up to compensation."""
+"""The walk in single calls, and `prune` for all of it up to compensation."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto as auto
 
-from hfprune.importance.gates import masked
+from hfprune.errors import HfpruneError
+from hfprune.evaluation.evaluate import Quality, evaluate_classification, evaluate_perplexity
+from hfprune.importance import gates
 from hfprune.importance.losses import Batch
 from hfprune.importance.scoring import score
 from hfprune.planning.budget import Budget
@@ -19,6 +22,26 @@ from hfprune.recovery.compensation import compensate as refit
 from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.checkpoint import as_stock, from_pretrained
 from hfprune.structure.surgery import copy_and_cut
+
+Judge = Callable[[PreTrainedModel, Iterable[Batch]], Quality]
+
+_JUDGES: Sequence[tuple[Judge, Sequence[Mapping]]] = (
+    (
+        evaluate_classification,
+        (
+            auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+            auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        ),
+    ),
+    (
+        evaluate_perplexity,
+        (
+            auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        ),
+    ),
+)
+"""What judges models, and the classes of those that it judges."""
 
 
 def inspect(model: PreTrainedModel) -> Anatomy:
@@ -32,7 +55,7 @@ def inspect(model: PreTrainedModel) -> Anatomy:
 
 
 @contextmanager
-def preview(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedModel]:
+def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedModel]:
     """The model as the plan would leave it, through closed gates and skipped layers: nothing is
     removed, and it ends with the context.
 
@@ -40,8 +63,42 @@ def preview(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMod
         HfpruneError: the plan is for another model.
     """
     plan.check_fits(Anatomy.of(model))
-    with masked(model, plan.keep):
+    with gates.masked(model, plan.keep):
         yield model
+
+
+def preview(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    batches: Iterable[Batch],
+    judge: Judge | None = None,
+) -> Quality:
+    """What a plan would leave of the model's quality, before compensation; nothing is removed.
+
+    Args:
+        model: the model that was planned for.
+        plan: from `hfprune.plan`.
+        batches: held-out, with labels.
+        judge: (model, batches) -> quality, by the task's metric; by default
+            accuracy of sequence and image classifiers, perplexity of language models.
+
+    Raises:
+        HfpruneError: the plan is for another model, or no judge is known for models of its class.
+        DataError: batches without labels, or none.
+    """
+    chosen = judge or _judge_of(model)
+    with masked(model, plan):
+        return chosen(model, batches)
+
+
+def _judge_of(model: PreTrainedModel) -> Judge:
+    name = type(model).__name__
+    for judge, mappings in _JUDGES:
+        if any(name in mapping.values() for mapping in mappings):
+            return judge
+    raise HfpruneError(
+        f"How is a {name} judged? Say it: preview(..., judge=f) with f(model, batches) -> Quality."
+    )
 
 
 def remove(

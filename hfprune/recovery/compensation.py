@@ -39,7 +39,7 @@ from hfprune.structure.cost import Selection
 
 logger = logging.getLogger(__name__)
 
-_SPARED = 0.1
+_SPARED = 0.01
 """How little a scaling between an outlet and the stream may give a feature, in mean squares of all
 features, before the outlet is spared the stream's error there: it would grow out of proportion.
 """

@@ -19,7 +19,7 @@ from hfprune.planning.constraints import Constraints
 from hfprune.planning.plan import PruningPlan
 from hfprune.planning.resources import meter
 from hfprune.planning.solve import plan, solve
-from hfprune.pruning import preview, remove
+from hfprune.pruning import masked, remove
 from hfprune.structure.anatomy import Anatomy, Block, Group
 from hfprune.structure.cost import layers_macs, layers_params
 from hfprune.structure.surgery import copy_and_cut
@@ -542,7 +542,7 @@ def test_the_layers_of_least_importance_go_whole(family, resource):
         assert made.drops(group) == (made.keep[group.name] == ())
     inputs = tiny.batch(model)
     pruned = remove(model, made)
-    with preview(model, made), torch.no_grad():
+    with masked(model, made), torch.no_grad():
         expected = tiny.outputs(model, inputs)
     torch.testing.assert_close(tiny.outputs(pruned, inputs), expected, rtol=1e-4, atol=1e-4)
     before, after = Anatomy.of(model), Anatomy.of(pruned)
@@ -613,7 +613,7 @@ def test_the_experts_of_least_importance_go(family):
         assert said in made.explain()
     inputs = tiny.batch(model)
     pruned = remove(model, made)
-    with preview(model, made), torch.no_grad():
+    with masked(model, made), torch.no_grad():
         expected = tiny.outputs(model, inputs)
     torch.testing.assert_close(tiny.outputs(pruned, inputs), expected, rtol=1e-4, atol=1e-4)
     assert made.params_share == layers_params(Anatomy.of(pruned)) / layers_params(made.anatomy)
