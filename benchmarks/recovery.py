@@ -121,7 +121,7 @@ class Bench:
     @property
     def tokens(self) -> int:
         """Length of the example whose MACs are counted."""
-        return round(self.seed.scores.tokens)
+        return round(self.seed.scores.tokens[0])
 
     def compensated(self, budget: float, criterion: str = "") -> PreTrainedModel:
         """The pruned model without training, by the recipe's criterion if none is given."""

@@ -17,7 +17,7 @@ from hfprune.planning.plan import PruningPlan
 from hfprune.pruning import masked
 from hfprune.publishing.report import CurvePoint, Judged, Report, Variant, weights_of
 from hfprune.publishing.units import Pruning
-from hfprune.structure.cost import counted_macs
+from hfprune.structure.cost import Tokens, counted_macs, tokens_in
 
 if TYPE_CHECKING:
     from hfprune.steps import Steps
@@ -123,12 +123,13 @@ class Findings:
             CurvePoint(share, q.value, q.low, q.high, series) for series, share, q in found
         )
 
-    def _one_of(self, model: PreTrainedModel, tokens: int) -> dict[str, torch.Tensor]:
-        """One example of so many tokens, whose MACs are counted; a decoder gets as many."""
+    def _one_of(self, model: PreTrainedModel, tokens: Tokens) -> dict[str, torch.Tensor]:
+        """One example of so many tokens, whose MACs are counted."""
         if self.steps.task.reads != "text":
             return {name: tensor[:1] for name, tensor in self.steps.probe().items()}
-        one = {"input_ids": torch.full((1, tokens), self.steps.processor.pad_token_id or 0)}
+        filler = self.steps.processor.pad_token_id or 0
+        one = {"input_ids": torch.full((1, tokens_in(tokens, 0)), filler)}
         one["attention_mask"] = torch.ones_like(one["input_ids"])
         if model.config.is_encoder_decoder:
-            one["decoder_input_ids"] = one["input_ids"]
+            one["decoder_input_ids"] = torch.full((1, tokens_in(tokens, 1)), filler)
         return one

@@ -18,7 +18,7 @@ from hfprune.planning.constraints import Constraints
 from hfprune.planning.plan import PruningPlan
 from hfprune.recipe import Recipe
 from hfprune.structure.anatomy import Anatomy
-from hfprune.structure.cost import layers_macs, layers_params
+from hfprune.structure.cost import Tokens, layers_macs, layers_params
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Round:
         return rounds
 
 
-def budget_on_given(budget: Budget, dense: Anatomy, tokens: int) -> Budget:
+def budget_on_given(budget: Budget, dense: Anatomy, tokens: Tokens) -> Budget:
     """A budget in shares of the dense model as one in amounts, which any smaller model can meet.
 
     Raises:

@@ -41,6 +41,7 @@ from hfprune.recipe import FREE, Recipe
 from hfprune.recovery.compensation import compensate
 from hfprune.rounds import Round, budget_on_given, constraints_on_given, in_all
 from hfprune.structure.checkpoint import from_pretrained, remember_origin
+from hfprune.structure.cost import written_tokens
 from hfprune.structure.fitness import forget_gguf
 from hfprune.tasks import Processor, task_named
 from hfprune.training import Training
@@ -362,14 +363,14 @@ class Steps:
         agreement = scores.agreement.get(self.recipe.prune.criterion)
         if agreement is not None:
             self.say(
-                f"  {scores.examples:,} examples of {scores.tokens:.1f} tokens; the two halves of"
-                f" them rank the units alike to {agreement:.2f} (1 is equal)"
+                f"  {scores.examples:,} examples of {written_tokens(scores.tokens, 1)} tokens; the"
+                f" two halves of them rank the units alike to {agreement:.2f} (1 is equal)"
             )
 
     def make_latency(self, this: Round, path: Path) -> None:
         """Where the time of the model that a round prunes goes, on this machine."""
         assert this.latency is not None
-        shape = this.latency.shape or (1, max(1, round(self.scores_of(this).tokens)))
+        shape = this.latency.shape or (1, max(1, round(max(self.scores_of(this).tokens))))
         measure_latency(self.model(this.given), *shape).save(path)
 
     def make_plan(self, this: Round, path: Path) -> None:

@@ -35,7 +35,7 @@ def scores_of(plan):
     """Random scores for every unit of a plan's model."""
     draw = torch.Generator().manual_seed(0)
     values = {g.name: torch.rand(g.units, generator=draw).double() for g in plan.anatomy}
-    return Scores({"fisher": values}, plan.anatomy.fingerprint, 64, 9.0, {"fisher": 0.9})
+    return Scores({"fisher": values}, plan.anatomy.fingerprint, 64, (9.0,), {"fisher": 0.9})
 
 
 def pruned(seed=0, base=None):

@@ -250,8 +250,12 @@ def is_decoder(model: PreTrainedModel, group: Group | Block) -> bool:
 
 
 def padding_mask(batch: Batch, states: torch.Tensor, decoder: bool) -> torch.Tensor | None:
-    """The batch's (batch, tokens) mask of real tokens, where it has one that fits the states."""
+    """The (batch, tokens) mask of real tokens, where the batch has one that fits the states; of a
+    decoder whose inputs are its labels, those are real that are labelled.
+    """
     mask = batch.get("decoder_attention_mask" if decoder else "attention_mask")
+    if decoder and mask is None and "decoder_input_ids" not in batch and "labels" in batch:
+        mask = batch["labels"] != IGNORED
     return mask if mask is not None and mask.shape == states.shape[:2] else None
 
 

@@ -73,7 +73,8 @@ class Scores:
         importance: {criterion: {group name: (units,) float64 tensor}}.
         fingerprint: of the anatomy that was scored.
         examples: calibration examples.
-        tokens: mean tokens per example, without padding.
+        tokens: mean tokens per example, without padding, of each stack of layers: those of encoder
+            and decoder, of images and texts.
         agreement: {criterion: Spearman rank correlation between the two halves of the calibration
             examples}, for the criteria that read gradients (of `reconstruction`, that of `fisher`,
             which reads the same ones); low means that more examples would change the plan.
@@ -82,7 +83,7 @@ class Scores:
     importance: Mapping[str, Mapping[str, torch.Tensor]]
     fingerprint: str
     examples: int
-    tokens: float
+    tokens: tuple[float, ...]
     agreement: Mapping[str, float]
 
     def by(self, criterion: str) -> Mapping[str, torch.Tensor]:
@@ -120,7 +121,8 @@ class Scores:
         for key, values in load_file(path / _TENSORS).items():
             criterion, group = key.split("/", 1)
             importance.setdefault(criterion, {})[group] = values
-        return Scores(importance, **json.loads((path / _META).read_text()))
+        meta = json.loads((path / _META).read_text())
+        return Scores(importance, **{**meta, "tokens": tuple(meta["tokens"])})
 
 
 def score(
@@ -196,7 +198,7 @@ def score(
         importance,
         anatomy.fingerprint,
         gathering.examples,
-        gathering.tokens / gathering.examples,
+        tuple(count / gathering.examples for count in gathering.tokens),
         agreement,
     )
 
@@ -239,14 +241,14 @@ class Gathering:
         self.squared: dict[str, torch.Tensor] = {}
         self.inputs: dict[str, torch.Tensor] = {}
         self.examples = 0
-        self.tokens = 0
+        self.tokens = [0] * len(anatomy.stacks)
         self.parts: list[Group | Block] = [*anatomy, *anatomy.experts]
         self.joint = joint
         self._model = model
         self._batch: Batch = {}
         self._index = 0
         self._ignored = False
-        self._seen = False
+        self._seen: set[int] = set()
 
     @contextmanager
     def watch(self, anatomy: Anatomy) -> Iterator[None]:
@@ -270,7 +272,7 @@ class Gathering:
         """Tell which batch, of all processes' batches, the coming gradients belong to, and whether
         they count.
         """
-        self._batch, self._index, self._ignored, self._seen = batch, index, not counts, False
+        self._batch, self._index, self._ignored, self._seen = batch, index, not counts, set()
         if self.joint:
             self.joint.start(batch)
 
@@ -306,9 +308,10 @@ class Gathering:
         self._add(self.squared, group, self._halves(squares))
         self._add(self.inputs, group, inputs.unflatten(0, units))
         if not self._seen:
-            self._seen = True
             self.examples += len(per_example)
-            self.tokens += int(real.sum())
+        if group.stack not in self._seen:
+            self._seen.add(group.stack)
+            self.tokens[group.stack] += int(real.sum())
 
     def _halves(self, values: torch.Tensor) -> torch.Tensor:
         """(batch, units) -> (2, units): sums over every other example of the batch.
@@ -327,9 +330,9 @@ class Gathering:
         """Add up the sums of all processes."""
         if not dist.is_initialized():
             return
-        counts = torch.tensor([self.examples, self.tokens], device=device)
+        counts = torch.tensor([self.examples, *self.tokens], device=device)
         dist.all_reduce(counts)
-        self.examples, self.tokens = counts.tolist()
+        self.examples, *self.tokens = counts.tolist()
         reached = torch.tensor([int(g.name in self.absolute) for g in self.parts], device=device)
         dist.all_reduce(reached)
         seen = [g for g, times in zip(self.parts, reached, strict=True) if times]

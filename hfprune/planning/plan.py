@@ -18,11 +18,14 @@ from hfprune.files import write_whole
 from hfprune.planning.budget import Budget
 from hfprune.structure.anatomy import Anatomy, Group
 from hfprune.structure.cost import (
+    Tokens,
     aligned,
     group_macs,
     group_params,
     layers_macs,
     layers_params,
+    tokens_of,
+    written_tokens,
 )
 
 VERSION = 1
@@ -57,7 +60,7 @@ class PruningPlan:
             of a layer's experts: kept experts} where some go.
         budget: what was asked for.
         criterion: by which importance the units were chosen.
-        tokens: length of the example whose MACs are counted.
+        tokens: length of the example whose MACs are counted; one per stack where they differ.
         lost: {group name: share of the group's importance that goes}.
         gap: how far the kept importance may lie below the best possible, as a share of all
             importance.
@@ -73,7 +76,7 @@ class PruningPlan:
     keep: Mapping[str, tuple[int, ...]]
     budget: Budget
     criterion: str
-    tokens: int
+    tokens: Tokens
     lost: Mapping[str, float] = field(default_factory=dict)
     gap: float = 0.0
     uniform: bool = False
@@ -166,9 +169,9 @@ class PruningPlan:
             "",
             (
                 f"Budget {self.budget} by {self.criterion}: the layers keep {self.macs_share:.1%}"
-                f" of their MACs ({self.tokens} tokens) and {self.params_share:.1%} of their"
-                f" parameters ({before:,} -> {after:,}; {self.anatomy.outside_params:,} outside the"
-                " layers stay)."
+                f" of their MACs ({written_tokens(self.tokens)} tokens) and {self.params_share:.1%}"
+                f" of their parameters ({before:,} -> {after:,};"
+                f" {self.anatomy.outside_params:,} outside the layers stay)."
             ),
         ]
         lines += [
@@ -264,12 +267,13 @@ class PruningPlan:
                 f"This plan has format version {values['version']}; this hfprune reads up to"
                 f" {VERSION}. Upgrade it."
             )
+        anatomy = Anatomy.from_dict(values["anatomy"])
         return PruningPlan(
-            anatomy=Anatomy.from_dict(values["anatomy"]),
+            anatomy=anatomy,
             keep={name: tuple(units) for name, units in values["keep"].items()},
             budget=Budget.parse(values["budget"]),
             criterion=values["criterion"],
-            tokens=values["tokens"],
+            tokens=tokens_of(anatomy, values["tokens"]),
             lost=values["lost"],
             gap=values["gap"],
             uniform=values.get("uniform", False),

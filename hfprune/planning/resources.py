@@ -12,10 +12,12 @@ from hfprune.planning.latency import LatencyTable, measure_latency
 from hfprune.structure.anatomy import Anatomy, Group
 from hfprune.structure.cost import (
     Selection,
+    Tokens,
     group_macs,
     group_params,
     layers_macs,
     layers_params,
+    longest,
     table_params,
 )
 from hfprune.structure.memory import Memory
@@ -39,7 +41,7 @@ def meter(
     limit: Limit,
     model: PreTrainedModel,
     anatomy: Anatomy,
-    tokens: int,
+    tokens: Tokens,
     latency: LatencyTable | None = None,
 ) -> Meter:
     """What counts the resource of a limit.
@@ -48,7 +50,8 @@ def meter(
         limit: of a budget.
         model: whose weights and cache take memory, and which takes time.
         anatomy: of the model.
-        tokens: length of an example, where the limit does not say it.
+        tokens: length of an example, where the limit does not say it; memory and latency are
+            counted for the longest stack's.
         latency: where the time goes; measured now, if it is needed and None.
 
     Raises:
@@ -56,7 +59,7 @@ def meter(
             of one that reads neither text nor images.
         HfpruneError: a latency table of another model, or of other batches than the limit's.
     """
-    shape = limit.shape or (1, tokens)
+    shape = limit.shape or (1, longest(tokens))
     if limit.resource == "macs":
         return Meter(
             lambda group, units, kv: group_macs(group, units, kv, tokens),

@@ -25,7 +25,7 @@ from hfprune.planning.offers import Offer, offer, tied
 from hfprune.planning.plan import PruningPlan, Spending
 from hfprune.planning.resources import Meter, meter
 from hfprune.structure.anatomy import Anatomy
-from hfprune.structure.cost import Selection
+from hfprune.structure.cost import Selection, Tokens, tokens_of
 
 _REWARDS = (1e-12, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e3)
 """What using all of the room is worth, relative to all importance: of equally important choices the
@@ -40,7 +40,7 @@ def plan(
     budget: str | Budget | Sequence[str],
     criterion: str = "reconstruction",
     constraints: Constraints | None = None,
-    tokens: int | None = None,
+    tokens: int | Sequence[int] | None = None,
     latency: LatencyTable | None = None,
 ) -> PruningPlan:
     """Choose what to keep of a model under a budget.
@@ -58,8 +58,8 @@ def plan(
         criterion: by which importance.
         constraints: floors, granularity, and what must stay; by default one head and one neuron per
             layer at least.
-        tokens: length of the example whose MACs are counted; by default the calibration data's
-            mean.
+        tokens: length of the example whose MACs are counted, or one for each stack of layers, such
+            as encoder and decoder; by default the calibration data's means.
         latency: from `hfprune.measure_latency`, for a budget of latency; by default it is measured
             now, which takes seconds to minutes. A table that is read back plans for the machine
             that it was measured on.
@@ -78,7 +78,7 @@ def plan_family(
     budgets: Sequence[str | Budget | Sequence[str]],
     criterion: str = "reconstruction",
     constraints: Constraints | None = None,
-    tokens: int | None = None,
+    tokens: int | Sequence[int] | None = None,
     latency: LatencyTable | None = None,
 ) -> list[PruningPlan]:
     """Plans for several budgets, nested: a smaller plan keeps a subset of what a larger one keeps.
@@ -120,8 +120,8 @@ def plan_family(
         )
     asked = [Budget.parse(budget) for budget in budgets]
     falling = _falling(asked)
-    tokens = tokens or max(1, round(scores.tokens))
-    meters = [meter(limit, model, anatomy, tokens, latency) for limit in asked[falling[0]].limits]
+    lengths = tokens_of(anatomy, tokens or scores.tokens)
+    meters = [meter(limit, model, anatomy, lengths, latency) for limit in asked[falling[0]].limits]
     made: dict[int, PruningPlan] = {}
     within: Selection | None = None
     for number in falling:
@@ -132,7 +132,7 @@ def plan_family(
             meters,
             criterion=criterion,
             constraints=constraints,
-            tokens=tokens,
+            tokens=lengths,
             within=within,
         )
         within = made[number].keep
@@ -172,7 +172,7 @@ def solve(
     *,
     criterion: str,
     constraints: Constraints,
-    tokens: int,
+    tokens: Tokens,
     within: Selection | None = None,
 ) -> PruningPlan:
     """The plan that keeps the most importance under a budget, counted by one meter per limit.

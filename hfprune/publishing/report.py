@@ -27,6 +27,7 @@ from hfprune.publishing.wording import (
     verdict,
     with_interval,
 )
+from hfprune.structure.cost import Tokens, written_tokens
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -115,7 +116,7 @@ class Report:
 
     Attributes:
         variants: the models, dense first, the run's result last.
-        tokens: length of the example whose MACs are counted.
+        tokens: length of the example whose MACs are counted; one per stack where they differ.
         machine: what it was measured on: processor, threads, versions.
         seconds: {artefact: seconds of the step that made it}.
         pruning: what was removed; None in a report that an older hfprune wrote.
@@ -127,7 +128,7 @@ class Report:
     """
 
     variants: tuple[Variant, ...]
-    tokens: int
+    tokens: Tokens
     machine: Mapping[str, str]
     seconds: Mapping[str, float]
     pruning: Pruning | None = None
@@ -179,7 +180,7 @@ class Report:
         pruning = values.get("pruning")
         return Report(
             variants,
-            values["tokens"],
+            tuple(tokens) if isinstance(tokens := values["tokens"], list) else tokens,
             values["machine"],
             values["seconds"],
             Pruning.from_dict(pruning) if pruning else None,
@@ -227,7 +228,7 @@ class Report:
             *self.dense.quality.beside,
             *(title for name in self.dense.also for title in (f"on {name} [95 %]", "vs dense")),
             "parameters",
-            f"MACs ({self.tokens} tokens)",
+            f"MACs ({written_tokens(self.tokens)} tokens)",
             "file",
             *(f"latency, batch {size}" for size in sizes),
             *(["energy per example"] if energy else []),
@@ -378,7 +379,7 @@ class Report:
     def _calibration(self, pruning: Pruning) -> str:
         said = (
             f"Calibration: importance was measured on {pruning.examples:,} training examples of"
-            f" {pruning.tokens:.0f} tokens on average."
+            f" {written_tokens(pruning.tokens)} tokens on average."
         )
         if pruning.agreement is None:
             return f"{said} {pruning.criterion} reads no gradients of them."

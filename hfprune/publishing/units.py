@@ -72,7 +72,7 @@ class Pruning:
         macs_share, params_share: what the layers keep of their MACs and parameters.
         units: of every layer, in forward order.
         examples: calibration examples.
-        tokens: mean tokens per calibration example.
+        tokens: mean tokens per calibration example, of each stack of layers.
         agreement: Spearman rank correlation of the importances from the two halves of them; None
             for a criterion that reads no gradients.
     """
@@ -84,7 +84,7 @@ class Pruning:
     params_share: float
     units: tuple[Units, ...]
     examples: int
-    tokens: float
+    tokens: tuple[float, ...]
     agreement: float | None
 
     @staticmethod
@@ -111,7 +111,9 @@ class Pruning:
                 k: tuple(v) if isinstance(v, list) else v for k, v in row.items()
             }
             units.append(Units(**plain))
-        return Pruning(**{**values, "units": tuple(units)})
+        tokens = values["tokens"]  # one number in reports of hfprune 0.1.0
+        tokens = tuple(tokens) if isinstance(tokens, list) else (tokens,)
+        return Pruning(**{**values, "units": tuple(units), "tokens": tokens})
 
     def count(self, kind: str) -> tuple[int, int]:
         """How many units of a kind stay, and how many there were."""

@@ -69,7 +69,7 @@ class GradualPruning(TrainerCallback):
         smoothing: how much of the importance a step leaves to those before it, in [0, 1): an
             exponential moving average over the steps, each step's importance being shares of its
             sum, because gradients shrink as training goes on.
-        tokens: length of the example whose MACs are counted; by default the mean of the training
+        tokens: length of the example whose MACs are counted; by default the means of the training
             data.
 
     Attributes:
@@ -159,7 +159,8 @@ class GradualPruning(TrainerCallback):
         self._gates = {
             g.name: torch.ones(g.units, device=model.device) for g in self._anatomy if g.units
         }
-        self._examples, self._measured, self._folded_at = 0, 0, state.global_step
+        self._examples, self._folded_at = 0, state.global_step
+        self._measured = [0] * len(self._anatomy.stacks)
         self._final = False
         equal = {p.name: torch.ones(p.units) for p in (*self._anatomy, *self._anatomy.experts)}
         self._planned(model, equal, self._budget, self._loose)  # while nothing is lost yet
@@ -307,7 +308,7 @@ class GradualPruning(TrainerCallback):
                 earlier = self.importance.get(name, torch.zeros_like(values))
                 self.importance[name] = stays * earlier + (1 - stays) * values / total
             self._examples += gathering.examples
-            self._measured += gathering.tokens
+            self._measured = [sum(n) for n in zip(self._measured, gathering.tokens, strict=True)]
         self._gather_anew(model)
         state.stateful_callbacks[_KEY] = self._snapshot()  # type: ignore[call-overload, index]
 
@@ -320,15 +321,14 @@ class GradualPruning(TrainerCallback):
         budget: Budget,
         constraints: Constraints,
     ) -> PruningPlan:
-        tokens = self._tokens or max(1, round(self._measured / max(1, self._examples)))
         scores = Scores(
             importance={self._criterion: importance},
             fingerprint=self._anatomy.fingerprint,
             examples=self._examples,
-            tokens=tokens,
+            tokens=tuple(count / max(1, self._examples) for count in self._measured),
             agreement={},
         )
-        return plan(model, scores, budget, self._criterion, constraints, tokens)
+        return plan(model, scores, budget, self._criterion, constraints, self._tokens)
 
     def _close(self, model: PreTrainedModel, state: TrainerState) -> None:
         """Make the plan that is due and set the gates by it."""

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from hfprune.errors import HfpruneError
 from hfprune.structure.anatomy import Anatomy, Block, Group
 from hfprune.structure.architectures import ROWS, row_of
 
@@ -20,6 +21,43 @@ if TYPE_CHECKING:
 
 Selection = Mapping[str, Sequence[int]]
 
+Tokens = int | tuple[int, ...]
+"""Tokens of an example: one number for all stacks of layers, or one for each."""
+
+
+def tokens_of(anatomy: Anatomy, given: int | Sequence[float]) -> Tokens:
+    """Whole numbers of tokens; a single one where all stacks read equally many.
+
+    Raises:
+        HfpruneError: several numbers, and not one for each stack.
+    """
+    if isinstance(given, int):
+        return given
+    if len(given) != len(anatomy.stacks):
+        names = ", ".join(stack.name for stack in anatomy.stacks)
+        raise HfpruneError(
+            f"tokens has {len(given)} numbers; give one for all stacks of layers, or one for each"
+            f" ({names})."
+        )
+    whole = tuple(max(1, round(count)) for count in given)
+    return whole if len(set(whole)) > 1 else whole[0]
+
+
+def tokens_in(tokens: Tokens, stack: int) -> int:
+    """Tokens that one stack reads."""
+    return tokens if isinstance(tokens, int) else tokens[stack]
+
+
+def longest(tokens: Tokens) -> int:
+    """Tokens of the stack that reads most."""
+    return tokens if isinstance(tokens, int) else max(tokens)
+
+
+def written_tokens(tokens: float | Sequence[float], digits: int = 0) -> str:
+    """Numbers of tokens as people read them: "128", or "512 and 40" of two stacks."""
+    each = tokens if isinstance(tokens, Sequence) else (tokens,)
+    return " and ".join(f"{count:.{digits}f}" for count in each)
+
 
 def group_params(group: Group, units: int, kv_groups: int) -> int:
     """Parameters of a group that keeps `units` units in `kv_groups` KV groups."""
@@ -27,24 +65,27 @@ def group_params(group: Group, units: int, kv_groups: int) -> int:
     return units * group.unit_params + kv_groups * group.kv_params + shared + group.fixed_params
 
 
-def group_macs(group: Group, units: int, kv_groups: int, tokens: int) -> int:
+def group_macs(group: Group, units: int, kv_groups: int, tokens: Tokens) -> int:
     """MACs of a group for one example of `tokens` tokens: its matrices, and for heads scores and
     mixing of values.
 
+    The keys and values of a cross-attention are of the tokens of the first stack, the encoder.
     Attention is counted as dense (tokens x tokens), as torch's FlopCounterMode counts it, whatever
     the mask.
     """
     if not units:
         return 0
-    macs = tokens * (units * group.unit_weights + kv_groups * group.kv_weights)
+    own = tokens_in(tokens, group.stack)
+    seen = tokens_in(tokens, 0) if group.cross else own
+    macs = own * units * group.unit_weights + seen * kv_groups * group.kv_weights
     if group.kind == "head":
-        macs += mixing_macs(units * group.columns, tokens)
-        compared = group.position_terms * tokens * group.columns
+        macs += 2 * own * seen * units * group.columns
+        compared = group.position_terms * own * group.columns
         macs += units * group.positions * (group.position_weights + compared)
     return macs
 
 
-def mixing_macs(columns: int, tokens: int, window: int = 0) -> int:
+def mixing_macs(columns: int, tokens: int, window: int) -> int:
     """MACs of comparing tokens and mixing their values in `columns` columns, without projections.
 
     Within windows (longformer), the example is padded to whole ones; scores are computed in chunks
@@ -56,19 +97,20 @@ def mixing_macs(columns: int, tokens: int, window: int = 0) -> int:
     return columns * ((tokens // window - 1) * (2 * window) ** 2 + tokens * 3 * window)
 
 
-def block_macs(block: Block, units: Collection[int], tokens: int) -> int:
+def block_macs(block: Block, units: Collection[int], tokens: Tokens) -> int:
     """MACs of the units of a block for one example, besides the groups and experts inside.
 
     Experts are counted as their eager implementation computes them: each token passes its router
     and the experts that it is sent to, `top_k` of them however many there are.
     """
+    own = tokens_in(tokens, block.stack)
     weights = block.routed_weights + sum(block.unit_weights[n] for n in units if block.unit_weights)
     mixing = sum(
-        mixing_macs(block.unit_mixing[n], tokens, block.unit_windows[n])
+        mixing_macs(block.unit_mixing[n], own, block.unit_windows[n])
         for n in units
         if block.unit_mixing
     )
-    return tokens * weights + mixing
+    return own * weights + mixing
 
 
 def layers_params(anatomy: Anatomy, selection: Selection | None = None) -> int:
@@ -113,13 +155,13 @@ def _own_tables(anatomy: Anatomy, keep: Selection) -> int:
     )
 
 
-def layers_macs(anatomy: Anatomy, tokens: int, selection: Selection | None = None) -> int:
+def layers_macs(anatomy: Anatomy, tokens: Tokens, selection: Selection | None = None) -> int:
     """MACs of the layers that a selection leaves, for one example of `tokens` tokens."""
     return sum(stack_macs(anatomy, stack.stack, tokens, selection) for stack in anatomy.stacks)
 
 
 def stack_macs(
-    anatomy: Anatomy, stack: int, tokens: int, selection: Selection | None = None
+    anatomy: Anatomy, stack: int, tokens: Tokens, selection: Selection | None = None
 ) -> int:
     """MACs of one stack of layers, as `layers_macs`."""
     keep = selection or {}

@@ -55,7 +55,31 @@ def test_taylor_and_fisher_are_what_finite_differences_say():
         expected = slope.square().mean(0) / 2
         torch.testing.assert_close(scores.by("fisher")[name], expected, rtol=1e-6, atol=1e-15)
     assert scores.examples == 5
-    assert scores.tokens == int(batch["attention_mask"].sum()) / 5
+    assert scores.tokens == (int(batch["attention_mask"].sum()) / 5,)
+
+
+def test_tokens_are_counted_in_every_stack_without_padding():
+    model = tiny.model("t5")
+    batch = tiny.batch(model)  # 9 tokens, and 5 for the decoder
+    batch["attention_mask"][0, 6:] = 0
+    labels = batch.pop("decoder_input_ids")
+    batch["labels"] = labels.clone()
+    batch["labels"][1, 2:] = -100
+    scores = score(model, [batch, batch], ["fisher"])
+    assert (scores.tokens, scores.examples) == (((6 + 9) / 2, (5 + 2) / 2), 4)
+    masked = batch | {"decoder_attention_mask": torch.ones_like(labels)}
+    assert score(model, [masked], ["fisher"]).tokens == (7.5, 5)
+    given = batch | {"decoder_input_ids": labels}  # labels that are not its inputs say nothing
+    assert score(model, [given], ["fisher"]).tokens == (7.5, 5)
+
+    towers = tiny.model("clip")
+    scores = score(
+        towers,
+        [tiny.batch(towers)],
+        ["fisher"],
+        loss=lambda m, b: m(**b).logits_per_image.square().sum(),
+    )
+    assert scores.tokens == (9, 17)  # a text; 16 patches and the class token
 
 
 def test_the_models_own_loss_is_the_default(family):

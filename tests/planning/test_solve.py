@@ -1,6 +1,8 @@
 """The planner against brute force, and its plans against the real pruned models."""
 
+import dataclasses
 import itertools
+import json
 import math
 import re
 
@@ -21,7 +23,7 @@ from hfprune.planning.resources import meter
 from hfprune.planning.solve import plan, solve
 from hfprune.pruning import masked, remove
 from hfprune.structure.anatomy import Anatomy, Block, Group
-from hfprune.structure.cost import layers_macs, layers_params
+from hfprune.structure.cost import counted_macs, layers_macs, layers_params
 from hfprune.structure.surgery import copy_and_cut
 
 TOKENS = 9
@@ -134,7 +136,8 @@ def scored(model, seed=0, skew=2):
         g.name: torch.rand(g.units, generator=generator, dtype=torch.float64) ** skew
         for g in (*anatomy, *anatomy.experts)
     }
-    return Scores({"reconstruction": importance}, anatomy.fingerprint, 4, float(TOKENS), {})
+    tokens = (float(TOKENS),) * len(anatomy.stacks)
+    return Scores({"reconstruction": importance}, anatomy.fingerprint, 4, tokens, {})
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "t5"])
@@ -396,6 +399,28 @@ def test_the_length_is_that_of_the_calibration_data_by_default():
     model = tiny.model("llama")
     assert plan(model, scored(model), "macs=50%").tokens == TOKENS
     assert plan(model, scored(model), "macs=50%", tokens=50).tokens == 50
+
+
+def test_a_budget_of_macs_holds_where_encoder_and_decoder_read_unequally_many_tokens():
+    """By torch's own count, besides the task head."""
+    dense, lengths = tiny.model("t5"), (40, 5)
+    scores = dataclasses.replace(scored(dense), tokens=(39.8, 5.4))
+    made = plan(dense, scores, "macs=60%")
+    inputs = {
+        name: torch.full((1, count), 3)
+        for name, count in zip(("input_ids", "decoder_input_ids"), lengths, strict=True)
+    }
+    head = lengths[1] * dense.lm_head.weight.numel()
+    before, after = (counted_macs(m, inputs) - head for m in (dense, remove(dense, made)))
+    assert made.tokens == lengths
+    assert made.macs_share == after / before
+    assert 0.55 < made.macs_share <= 0.6
+    assert "(40 and 5 tokens)" in made.explain()
+    assert PruningPlan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    assert plan(dense, scores, "macs=60%", tokens=lengths) == made
+    assert plan(dense, scores, "macs=60%", tokens=9).tokens == 9
+    with pytest.raises(HfpruneError, match=r"1 numbers; .* \(encoder\.block, decoder\.block\)"):
+        plan(dense, scores, "macs=60%", tokens=[9])
 
 
 @pytest.mark.parametrize(
@@ -679,7 +704,7 @@ def test_coarse_units_use_their_room_if_importance_alone_would_not():
     first = next(iter(importance))
     importance[first] += 1.0
     anatomy = Anatomy.of(model)
-    scores = Scores({"reconstruction": importance}, anatomy.fingerprint, 4, float(TOKENS), {})
+    scores = Scores({"reconstruction": importance}, anatomy.fingerprint, 4, (float(TOKENS),), {})
     for group in anatomy:  # a little negative worth: importance alone would keep the least
         if group.name != first:
             importance[group.name] -= 1e-6

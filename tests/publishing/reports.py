@@ -31,7 +31,7 @@ def scores_of(plan, agreement=0.97):
         for p in parts
     }
     values[parts[0].name][0] = 0
-    return Scores({"fisher": values}, plan.anatomy.fingerprint, 640, 11.4, {"fisher": agreement})
+    return Scores({"fisher": values}, plan.anatomy.fingerprint, 640, (11.4,), {"fisher": agreement})
 
 
 def variant(name, scale, metric="accuracy", low=-0.05, high=0.01):
