@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfprune.errors import DataError
-from hfprune.importance.losses import Batch, Loss
+from hfprune.importance.losses import Batch, Loss, examples_in
 from hfprune.structure.architectures import row_of
 
 logger = logging.getLogger(__name__)
@@ -24,10 +24,18 @@ ALIKE = 0.9
 def warn_if_unsettled(agreement: Mapping[str, float], examples: int) -> None:
     """Warn of criteria by which the halves of the calibration examples rank the units unlike.
 
+    A single example has no halves, and ranks the units by itself.
+
     Args:
         agreement: {criterion: rank correlation of the halves}.
         examples: of both halves.
     """
+    if examples == 1:
+        logger.warning(
+            "There is only one calibration example: a criterion that reads data takes what matters"
+            " for it alone for what matters. Score some dozens of examples, and see"
+            " scores.agreement."
+        )
     low = {name: value for name, value in agreement.items() if value < ALIKE}
     if low:
         said = ", ".join(f"{value:.2f} by {name}" for name, value in sorted(low.items()))
@@ -40,6 +48,34 @@ def warn_if_unsettled(agreement: Mapping[str, float], examples: int) -> None:
             ALIKE,
             4 * examples,
         )
+
+
+def loss_of(loss: Loss, model: PreTrainedModel, batch: Batch, index: int) -> torch.Tensor:
+    """The loss of a calibration batch, one number.
+
+    Args:
+        loss: called with model and batch.
+        model: as scored.
+        batch: as the loss takes it.
+        index: number of the batch.
+
+    Raises:
+        DataError: names the batch: it has no examples, the loss refuses it, or gives no number.
+    """
+    if not batch or not examples_in(batch):
+        raise DataError(f"Calibration batch {index} has no examples; leave it out.")
+    try:
+        value = loss(model, batch)
+    except DataError as error:
+        raise DataError(f"Calibration batch {index}: {error}") from error
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        shape = tuple(value.shape) if isinstance(value, torch.Tensor) else None
+        found = f"a {type(value).__name__}" if shape is None else f"a tensor of shape {shape}"
+        raise DataError(
+            f"The loss of calibration batch {index} is {found}; it has to be a tensor with one"
+            " number, the sum over examples or labelled tokens."
+        )
+    return value
 
 
 def check_finite(

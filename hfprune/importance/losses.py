@@ -45,14 +45,19 @@ def labels_loss(model: PreTrainedModel, batch: Batch, seed: int = 0) -> torch.Te
     Nothing is drawn: the seed is there because every named loss takes one.
 
     Raises:
-        DataError: the batch has no labels, or the model returns no loss.
+        DataError: the batch has no labels, or one beyond the model's classes, or the model returns
+            no loss.
     """
     if "labels" not in batch and "start_positions" not in batch:
         raise DataError(
             f"The batch has no 'labels' (it has {', '.join(batch)}); gradient importance needs a"
             " loss. Give labels, or score with loss='sampled', which needs none."
         )
-    outputs = model(**batch)
+    try:
+        outputs = model(**batch)
+    except IndexError:
+        _check_labels(model, batch)
+        raise
     if getattr(outputs, "loss", None) is None:
         raise DataError(
             f"{type(model).__name__} returns no loss for labels; load the model with its task head."
@@ -142,6 +147,17 @@ def _predictions(model: PreTrainedModel, batch: Batch) -> Mapping[str, torch.Ten
             " score a loss of your own: loss=f with f(model, batch) -> a summed loss."
         )
     return dict(outputs)
+
+
+def _check_labels(model: PreTrainedModel, batch: Batch) -> None:
+    """Refuse labels that name no class of the model."""
+    classes, labels = _predictions(model, batch)["logits"].shape[-1], batch["labels"]
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
+    if len(wrong):
+        raise DataError(
+            f"The label {int(wrong[0])} is none of the model's {classes} classes: labels are 0 to"
+            f" {classes - 1}, and {IGNORED} for what has none."
+        )
 
 
 def _generator(batch: Batch, example: int, seed: int) -> torch.Generator:

@@ -26,11 +26,12 @@ from hfprune.importance.criteria import (
     CRITERIA,
     HALVED,
     JOINT,
+    Criterion,
     Evidence,
     criterion_named,
 )
 from hfprune.importance.cross_entropy import LeanCrossEntropy
-from hfprune.importance.diagnosis import check_finite, warn_if_unsettled
+from hfprune.importance.diagnosis import check_finite, loss_of, warn_if_unsettled
 from hfprune.importance.gates import (
     frozen,
     gate_gradients,
@@ -128,7 +129,7 @@ class Scores:
 def score(
     model: PreTrainedModel,
     batches: Iterable[Batch],
-    criteria: Sequence[str] | None = None,
+    criteria: str | Sequence[str] | None = None,
     loss: str | Loss = "labels",
     seed: int = 0,
     checkpointing: bool = False,
@@ -142,8 +143,9 @@ def score(
     Args:
         model: a transformers model of a known family; left as it was.
         batches: what the model is called with, {name: tensor}; with labels for the loss on them.
-        criteria: names from the registry; all of them by default. Leave out `reconstruction` where
-            memory is tight: it needs (columns^2 + outputs^2) float32 numbers an outlet.
+        criteria: names from the registry, or one; all of them by default. Leave out
+            `reconstruction` where memory is tight: it needs (columns^2 + outputs^2) float32 numbers
+            an outlet.
         loss: "labels", the model's own loss; "sampled", its loss on labels drawn from its own
             predictions, and "logits", how far its logits move, for which no labels are needed; or
             (model, batch) -> a loss summed over examples or labelled tokens.
@@ -152,11 +154,14 @@ def score(
             backward pass: a third more time, for long sequences and models that hardly fit.
 
     Raises:
-        HfpruneError: an unknown criterion or loss.
-        DataError: no batches, no labels, a loss that is not finite (names the batch and the layer),
-            or one that does not depend on some group of units (names the group).
+        HfpruneError: an unknown criterion or loss, or a criterion that does not give a finite
+            number per unit (names the group).
+        DataError: no batches, or one without examples or labels, or with labels of no class (names
+            the batch); a loss that is no number or not finite (names the batch and the layer), or
+            one that does not depend on some group of units (names the group).
     """
-    wanted = {name: criterion_named(name) for name in criteria or CRITERIA}
+    names = [criteria] if isinstance(criteria, str) else criteria or CRITERIA
+    wanted = {name: criterion_named(name) for name in names}
     chosen = loss_named(loss, seed) if isinstance(loss, str) else loss
     anatomy = Anatomy.of(model)
     total = len(batches) if isinstance(batches, Sized) else None
@@ -172,7 +177,7 @@ def score(
         for index, batch, counts in shares:
             here = {name: tensor.to(device) for name, tensor in batch.items()}
             gathering.start(here, index, counts)
-            value = chosen(model, here)
+            value = loss_of(chosen, model, here, index)
             check_finite(value, index, model, here, chosen)
             if not value.requires_grad:
                 raise DataError("The loss does not depend on any head or neuron of the model.")
@@ -184,7 +189,8 @@ def score(
     evidence = [gathering.evidence(model, part, seed + i) for i, part in enumerate(parts)]
     importance = {
         name: {
-            g.name: function(e).double().cpu() for g, (e, _) in zip(parts, evidence, strict=True)
+            part.name: _by_unit(name, function, part, whole)
+            for part, (whole, _) in zip(parts, evidence, strict=True)
         }
         for name, function in wanted.items()
     }
@@ -201,6 +207,30 @@ def score(
         tuple(count / gathering.examples for count in gathering.tokens),
         agreement,
     )
+
+
+def _by_unit(
+    name: str, function: Criterion, part: Group | Block, evidence: Evidence
+) -> torch.Tensor:
+    """What a criterion gives for a group of units: (units,) float64.
+
+    Raises:
+        HfpruneError: it is not a finite number for each of them.
+    """
+    values = function(evidence)
+    found = None
+    if not isinstance(values, torch.Tensor):
+        found = f"a {type(values).__name__}"
+    elif values.shape != (part.units,):
+        found = f"a tensor of shape {tuple(values.shape)}"
+    elif not torch.isfinite(values).all():
+        found = "values that are not finite"
+    if found:
+        raise HfpruneError(
+            f"The criterion {name!r} gives {found} for {part.name}; it has to give a finite number"
+            f" for each of its {part.units} units."
+        )
+    return values.double().cpu()
 
 
 def _shares(batches: Iterable[Batch], model: PreTrainedModel) -> Iterator[tuple[int, Batch, bool]]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hfprune.errors import DataError, HfpruneError, UnsupportedModelError, unknown
+from hfprune.importance.diagnosis import loss_of
 from hfprune.importance.gates import evaluating, frozen, uncached
 from hfprune.importance.losses import Batch, Loss, loss_named, padding_mask
 
@@ -312,7 +313,7 @@ def _taylor(
                 weight.requires_grad_(True)
             for index, given in enumerate(batches):
                 batch = {name: tensor.to(model.device) for name, tensor in given.items()}
-                value = loss(model, batch)
+                value = loss_of(loss, model, batch, index)
                 if not torch.isfinite(value):
                     raise DataError(f"The loss of calibration batch {index} is {value.item()}.")
                 slopes = torch.autograd.grad(value, weights, allow_unused=True)

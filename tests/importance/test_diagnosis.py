@@ -43,6 +43,14 @@ def test_halves_that_disagree_are_told(caplog, monkeypatch):
     assert "Score 16 examples or more" in said
 
 
+def test_a_single_example_is_told(caplog):
+    model, batch = make("bert")
+    with caplog.at_level(logging.WARNING):
+        assert score(model, [rows(batch, slice(0, 1))]).agreement == {}
+    (said,) = caplog.messages
+    assert "only one calibration example" in said
+
+
 def test_halves_that_agree_need_no_word(caplog):
     model, batch = make("bert")
     with caplog.at_level(logging.WARNING):

@@ -223,13 +223,49 @@ def test_no_batches():
 
 
 def test_no_labels():
-    model, batch = make("bert")
-    del batch["labels"]
-    with pytest.raises(DataError, match=r"no 'labels' \(it has input_ids, attention_mask\)"):
-        score(model, [batch])
+    model, labelled = make("bert")
+    batch = {name: tensor for name, tensor in labelled.items() if name != "labels"}
+    with pytest.raises(
+        DataError, match=r"batch 1: .* 'labels' \(it has input_ids, attention_mask\)"
+    ):
+        score(model, [labelled, batch])
     headless = tiny.model("bert", "AutoModel")
     with pytest.raises((DataError, TypeError), match="labels"):
         score(headless, [batch | {"labels": torch.zeros(5, dtype=torch.long)}])
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_label_of_no_class_is_named(family):
+    model, batch = make(family)
+    wrong = batch | {"labels": batch["labels"].clone()}
+    wrong["labels"].flatten()[2] = 99
+    classes = 2 if family == "bert" else tiny.VOCABULARY
+    with pytest.raises(DataError, match=f"batch 1: The label 99 is none of the .* {classes} class"):
+        score(model, [batch, wrong])
+    wrong["input_ids"] = batch["input_ids"] + tiny.VOCABULARY  # no matter of labels
+    with pytest.raises(IndexError):
+        score(model, [batch, wrong])
+
+
+def test_batches_without_examples():
+    model, batch = make("bert")
+    for empty in ({}, rows(batch, slice(0, 0))):
+        with pytest.raises(DataError, match="batch 1 has no examples"):
+            score(model, [batch, empty])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda model, batch: model(**batch).logits[:, 0], r"a tensor of shape \(5,\)"),
+        (lambda model, batch: float(model(**batch).loss.detach()), "a float"),
+        (lambda model, batch: None, "a NoneType"),
+    ],
+)
+def test_a_loss_that_is_no_number(wrong, says):
+    model, batch = make("bert")
+    with pytest.raises(DataError, match=f"batch 0 is {says}; it has to be a tensor with one num"):
+        score(model, [batch], loss=wrong)
 
 
 def test_a_loss_that_is_not_finite_is_named_by_its_batch():
@@ -248,7 +284,7 @@ def test_an_unknown_criterion_names_the_nearest():
     model, batch = make("bert")
     with pytest.raises(HfpruneError, match=r"'tayler'\. Did you mean 'taylor'\?"):
         score(model, [batch], ["tayler"])
-    scores = score(model, [batch], ["taylor"])
+    scores = score(model, [batch], "taylor")
     with pytest.raises(HfpruneError, match=r"Unknown criterion 'fisher'.*Available: taylor"):
         scores.by("fisher")
 
@@ -286,6 +322,26 @@ def test_a_criterion_of_ones_own(registry):
     torch.testing.assert_close(found["encoder.layer.1.output.dense"], expected, **CLOSE)
     with pytest.raises(HfpruneError, match="'outlet_only' already"):
         criterion(outlet_only)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda values: values.index_fill(0, torch.tensor(1), torch.nan), "values .* not finite"),
+        (lambda values: values[:1], r"a tensor of shape \(1,\)"),
+        (lambda values: values.tolist(), "a list"),
+    ],
+)
+def test_a_criterion_that_gives_no_number_per_unit(registry, spoil, says):
+    @hfprune.criterion
+    def careless(evidence: Evidence) -> torch.Tensor:
+        heads = len(evidence.weights) == tiny.HEADS
+        return evidence.weights if heads else spoil(evidence.weights)
+
+    model, batch = make("bert")
+    named = rf"'careless' gives {says} for encoder\.layer\.0\.output\.dense; .* {tiny.WIDTH} units"
+    with pytest.raises(HfpruneError, match=named):
+        score(model, [batch], ["careless"])
 
 
 def labelled(family):
