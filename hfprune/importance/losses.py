@@ -85,6 +85,10 @@ def sampled_loss(model: PreTrainedModel, batch: Batch, seed: int = 0) -> torch.T
     generators = [_generator(batch, example, seed) for example in range(examples_in(batch))]
     if "start_logits" in outputs:
         start, end = _wide(outputs["start_logits"]), _wide(outputs["end_logits"])
+        if (mask := padding_mask(batch, start, decoder=False)) is not None:
+            # The positions are the classes: those of padding would take part in the softmax.
+            nothing = torch.finfo(start.dtype).min
+            start, end = (side.masked_fill(mask == 0, nothing) for side in (start, end))
         return _drawn_cross_entropy(start, generators) + _drawn_cross_entropy(end, generators)
     logits = _wide(outputs["logits"])
     if logits.dim() == 2 and (kind := _problem(model, batch)) != "single_label_classification":
@@ -112,28 +116,40 @@ def logits_loss(model: PreTrainedModel, batch: Batch, seed: int = 0) -> torch.Te
     model has learnt by heart leaves only its few mistakes. For two classes it is the margin.
 
     Returns:
-        The projections, summed over examples, and over real tokens where the logits are per token.
+        The projections, summed over examples, and over real tokens where the logits are per token;
+        of a span's two ends, whose logits are one per token, over the real tokens.
 
     Raises:
         DataError: the model returns no logits.
     """
     outputs = _predictions(model, batch)
-    if "start_logits" in outputs:
+    if spans := "start_logits" in outputs:
         logits = torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=1)
+        mask = padding_mask(batch, outputs["start_logits"], decoder=False)
     else:
         logits = outputs["logits"]
-    logits, classes = _wide(logits), logits.shape[-1]
-    mask = padding_mask(batch, logits, model.config.is_encoder_decoder)
+        mask = padding_mask(batch, logits, model.config.is_encoder_decoder)
+    logits = _wide(logits)
     directions = torch.zeros_like(logits)
     for example in range(examples_in(batch)):
         generator = _generator(batch, example, seed)
-        real = ... if mask is None else mask[example].bool()
+        tokens = slice(None) if mask is None else mask[example].bool()
+        real = (..., tokens) if spans else tokens
         shape = directions[example][real].shape
-        directions[example][real] = torch.randn(shape, generator=generator).to(logits)
+        drawn = torch.randn(shape, generator=generator).to(logits)
+        directions[example][real] = _centred(drawn)
+    return (logits * directions).sum()
+
+
+def _centred(directions: torch.Tensor) -> torch.Tensor:
+    """Directions (..., classes) without what they have in common, of mean square 1 in each of the
+    dimensions that are left.
+    """
+    classes = directions.shape[-1]
     if classes > 1:
         directions = directions - directions.mean(dim=-1, keepdim=True)
-    norms = directions.norm(dim=-1).clamp(min=torch.finfo(logits.dtype).tiny)
-    return ((logits * directions).sum(dim=-1) / norms).sum() * max(1, classes - 1) ** 0.5
+    norms = directions.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(directions.dtype).tiny)
+    return directions / norms * max(1, classes - 1) ** 0.5
 
 
 def _predictions(model: PreTrainedModel, batch: Batch) -> Mapping[str, torch.Tensor]:

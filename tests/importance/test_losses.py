@@ -40,6 +40,7 @@ def distributions(model, batch):
     outputs = model(**{k: v for k, v in batch.items() if k not in ("labels", "start_positions")})
     if "start_logits" in outputs:
         logits = torch.stack([outputs.start_logits, outputs.end_logits], dim=1)
+        logits = logits.masked_fill(batch["attention_mask"][:, None] == 0, -1e9)
         return logits.log_softmax(-1), torch.ones(logits.shape[:2])
     logits = outputs.logits.log_softmax(-1)
     if logits.dim() == 2:
@@ -81,11 +82,11 @@ def enumerated(model, batch, group):
     return total
 
 
-def drawn(model, batch, group):
+def drawn(model, batch, group, draws=sampled_loss):
     """(seeds, units) the squared gate gradients of as many draws."""
     found = []
     for seed in range(SEEDS):
-        loss, gates = gated_terms(model, group, batch, lambda m, b, s=seed: sampled_loss(m, b, s))
+        loss, gates = gated_terms(model, group, batch, lambda m, b, s=seed: draws(m, b, s))
         found.append(torch.autograd.grad(loss, gates)[0].square().sum(dim=(0, 1)))
     return torch.stack(found)
 
@@ -144,19 +145,59 @@ def test_several_labels_are_drawn_each_from_its_own_chance():
         assert_mean(drawn(model, batch, group), total)
 
 
-@pytest.mark.parametrize("loss", ["sampled", "logits"])
-@pytest.mark.parametrize("case", ["classes", "causal"])
-def test_a_draw_depends_on_the_example_and_the_seed_alone(case, loss):
+@pytest.mark.parametrize("case", ["classes", "spans", "tokens"])
+def test_projections_have_the_change_of_the_centred_logits_for_their_mean(case):
     head, family, settings = CASES[case]
     model, batch = make(head, family, **settings)
+    mask = batch["attention_mask"].bool()
+
+    def centred(model, batch):  # a list of (real tokens, or ends of a span; classes)
+        outputs = model(**batch)
+        if case == "spans":
+            both = torch.stack([outputs.start_logits, outputs.end_logits], dim=1)
+            found = [ends[:, real] for ends, real in zip(both, mask, strict=True)]
+        else:
+            found = [outputs.logits if case == "classes" else outputs.logits[mask]]
+        return torch.cat([(own - own.mean(-1, keepdim=True)).flatten() for own in found])
+
+    group = Anatomy.of(model).groups[-1]
+    with frozen(model):
+        logits, gates = gated_terms(model, group, batch, centred)
+        expected = torch.zeros(group.units, dtype=torch.float64)
+        for one in logits:
+            (slope,) = torch.autograd.grad(one, gates, retain_graph=True)
+            expected += slope.square().sum(dim=(0, 1))
+        assert_mean(drawn(model, batch, group, logits_loss), expected)
+
+
+HEADS = CASES | {
+    "values": ("AutoModelForSequenceClassification", "bert", {"num_labels": 1}),
+    "labels": (
+        "AutoModelForSequenceClassification",
+        "bert",
+        {"num_labels": 3, "problem_type": "multi_label_classification"},
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", ["sampled", "logits"])
+@pytest.mark.parametrize("case", HEADS)
+def test_a_draw_depends_on_the_example_and_the_seed_alone(case, loss):
+    head, family, settings = HEADS[case]
+    model, batch = make(head, family, **settings)
+    lengths = dict.fromkeys(batch, batch["attention_mask"].sum(dim=1).tolist())
+    if case == "sequences":
+        batch["labels"] = torch.tensor([[3, 4, 5], [5, -100, -100], [4, 4, -100]])
+        lengths["labels"] = [3, 1, 2]
     whole = score(model, [batch], ["fisher"], loss, seed=3).by("fisher")
-    lengths = batch["attention_mask"].sum(dim=1).tolist()
     for order in ((0, 1, 2), (2, 0, 1)):  # alone, without padding, in any order
-        bare = [{k: v[i : i + 1, : lengths[i]] for k, v in batch.items()} for i in order]
+        bare = [{k: v[i : i + 1, : lengths[k][i]] for k, v in batch.items()} for i in order]
         parts = score(model, bare, ["fisher"], loss, seed=3).by("fisher")
         for name, values in whole.items():
             # transformers' llama rounds to single precision inside
             torch.testing.assert_close(parts[name], values, rtol=1e-4, atol=1e-9)
+    if (case, loss) == ("values", "logits"):
+        return  # along a line there is one direction
     other = score(model, [batch], ["fisher"], loss, seed=4).by("fisher")
     assert not any(other[name].allclose(values) for name, values in whole.items())
 
