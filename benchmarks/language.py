@@ -128,7 +128,7 @@ class Gemma:
     @cached_property
     def scores(self) -> hfprune.Scores:
         folder = RUNS / "scores"
-        if not (folder / "scores.json").is_file():
+        if not (folder / "scores.safetensors").is_file():
             hfprune.score(self.dense, self.calibration).save(folder)
         return hfprune.Scores.load(folder)
 

@@ -15,7 +15,8 @@ from typing import ParamSpec
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
@@ -62,8 +63,8 @@ from hfprune.structure.anatomy import (
 
 P = ParamSpec("P")
 
-_META = "scores.json"
-_TENSORS = "scores.safetensors"
+_FILE = "scores.safetensors"
+_META = "scores"
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,7 @@ class Scores:
         return self.importance[criterion]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write scores.safetensors and scores.json into a folder, each under a temporary name
-        first.
-        """
+        """Write scores.safetensors into a folder, under a temporary name first."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         tensors = {
@@ -108,22 +107,31 @@ class Scores:
             for criterion, groups in self.importance.items()
             for group, values in groups.items()
         }
-        save_file(tensors, path / f"{_TENSORS}.tmp")
         meta = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[1:]}
-        (path / f"{_META}.tmp").write_text(json.dumps(meta, indent=2) + "\n")
-        for name in (_TENSORS, _META):
-            os.replace(path / f"{name}.tmp", path / name)
+        # In one file, or a save that fails over older scores would mix the two.
+        save_file(tensors, path / f"{_FILE}.tmp", {_META: json.dumps(meta)})
+        os.replace(path / f"{_FILE}.tmp", path / _FILE)
 
     @staticmethod
     def load(folder: str | os.PathLike[str]) -> Scores:
-        """The inverse of `save`."""
-        path = Path(folder)
+        """The inverse of `save`.
+
+        Raises:
+            HfpruneError: there are no scores, or none that can be read.
+        """
         importance: dict[str, dict[str, torch.Tensor]] = {}
-        for key, values in load_file(path / _TENSORS).items():
-            criterion, group = key.split("/", 1)
-            importance.setdefault(criterion, {})[group] = values
-        meta = json.loads((path / _META).read_text())
-        return Scores(importance, **{**meta, "tokens": tuple(meta["tokens"])})
+        try:
+            with safe_open(Path(folder) / _FILE, "pt") as file:
+                meta = json.loads(file.metadata()[_META])
+                for key in file.keys():  # noqa: SIM118 (the file is no mapping)
+                    criterion, group = key.split("/", 1)
+                    importance.setdefault(criterion, {})[group] = file.get_tensor(key)
+            return Scores(importance, **{**meta, "tokens": tuple(meta["tokens"])})
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+            raise HfpruneError(
+                f"{folder} holds no scores that this hfprune can read ({error}); score the model"
+                " again."
+            ) from error
 
 
 def score(

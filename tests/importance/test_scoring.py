@@ -1,10 +1,11 @@
 """Scores against finite differences and hand computation; batching, padding, processes, errors."""
 
-import json
+import os
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from test_gates import losses, make, slopes
 
 import hfprune
@@ -178,12 +179,48 @@ def test_scores_come_back_from_their_folder(tmp_path):
     again = Scores.load(tmp_path / "new" / "folder")
     assert_same(again, scores, rtol=0, atol=0)
     assert again == Scores(again.importance, *[getattr(scores, f) for f in FIELDS])
-    assert [p.name for p in sorted((tmp_path / "new" / "folder").iterdir())] == [
-        "scores.json",
-        "scores.safetensors",
-    ]
     scores.save(tmp_path / "new" / "folder")  # over itself
-    json.loads((tmp_path / "new" / "folder" / "scores.json").read_text())
+    assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["scores.safetensors"]
+
+
+def test_a_save_that_stops_halfway_mixes_no_two_scores(tmp_path, monkeypatch):
+    model, batch = make("bert")
+    older = score(model, [batch], ["magnitude"])
+    newer = score(model, [batch, batch], ["fisher"])
+    older.save(tmp_path)
+    renamed, replace = [], os.replace
+
+    def full(source, target):
+        replace(source, target)
+        renamed.append(target)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        newer.save(tmp_path)
+    assert len(renamed) == 1
+    assert_same(Scores.load(tmp_path), newer, rtol=0, atol=0)
+
+
+def damaged(folder, of):
+    path = folder / "scores.safetensors"
+    if of == "half":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif of == "bytes":
+        path.write_bytes(b"xx")
+    elif of == "metadata":  # as hfprune 0.1.0 wrote them
+        save_file(load_file(path), path)
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("of", ["half", "bytes", "metadata", "all"])
+def test_scores_that_cannot_be_read(tmp_path, of):
+    model, batch = make("bert")
+    score(model, [batch], ["magnitude"]).save(tmp_path)
+    damaged(tmp_path, of)
+    with pytest.raises(HfpruneError, match="holds no scores that this hfprune can read"):
+        Scores.load(tmp_path)
 
 
 FIELDS = ("fingerprint", "examples", "tokens", "agreement")
