@@ -18,6 +18,7 @@ from hfprune.errors import DataError, HfpruneError, UnsupportedModelError, unkno
 from hfprune.importance.diagnosis import loss_of
 from hfprune.importance.gates import evaluating, frozen, uncached
 from hfprune.importance.losses import Batch, Loss, loss_named, padding_mask
+from hfprune.structure.architectures import ROWS
 
 Scope = Literal["global", "layer", "row"]
 Saliency = Mapping[str, torch.Tensor]
@@ -31,11 +32,13 @@ class Sparsity:
         masks: {path of a linear layer: boolean tensor of its weight's shape, True for what stays}.
         params: parameters of the whole model.
         how: by what they were chosen, and among which; "" if they were found.
+        experts: weights of routed experts, which lie in no linear layer and all stay.
     """
 
     masks: Mapping[str, torch.Tensor]
     params: int
     how: str = ""
+    experts: int = 0
 
     @staticmethod
     def of(model: PreTrainedModel) -> Sparsity:
@@ -46,7 +49,8 @@ class Sparsity:
         """
         layers = linear_layers(model)
         masks = {path: _weight(module).detach().ne(0) for path, module in layers.items()}
-        return Sparsity(masks, sum(p.numel() for p in model.parameters()))
+        params = sum(p.numel() for p in model.parameters())
+        return Sparsity(masks, params, experts=_expert_weights(model))
 
     @property
     def zeros(self) -> int:
@@ -65,26 +69,32 @@ class Sparsity:
             HfpruneError: the model has no such layer, or one of another shape.
             UnsupportedModelError: the model is sharded.
         """
+        weights: dict[str, torch.Tensor] = {}
+        for path, mask in self.masks.items():
+            weight = _weight_at(model, path)
+            if weight is None or weight.shape != mask.shape:
+                found = "is not there" if weight is None else f"has {tuple(weight.shape)}"
+                raise HfpruneError(
+                    f"The masks are of another model: {path} {found}, and its mask has"
+                    f" {tuple(mask.shape)}."
+                )
+            if isinstance(weight, DTensor):
+                raise UnsupportedModelError(
+                    f"{path} is sharded: masks are held on one process or data-parallel ones."
+                )
+            weights[path] = weight
         with torch.no_grad():
-            for path, mask in self.masks.items():
-                weight = _weight_at(model, path)
-                if weight is None or weight.shape != mask.shape:
-                    found = "is not there" if weight is None else f"has {tuple(weight.shape)}"
-                    raise HfpruneError(
-                        f"The masks are of another model: {path} {found}, and its mask has"
-                        f" {tuple(mask.shape)}."
-                    )
-                if isinstance(weight, DTensor):
-                    raise UnsupportedModelError(
-                        f"{path} is sharded: masks are held on one process or data-parallel ones."
-                    )
-                weight.mul_(mask.to(weight))
+            for path, weight in weights.items():
+                weight.mul_(self.masks[path].to(weight))
 
     def __str__(self) -> str:
+        experts = f"All {self.experts:,} weights of the routed experts stay: they lie in no linear"
+        experts = f"{experts} layer.\n" if self.experts else ""
         return (
             f"{self.zeros:,} of {self.weights:,} weights of {len(self.masks)} linear layers are"
             f" zero ({self.zeros / self.weights:.1%}; {self.zeros / self.params:.1%} of all"
             f" parameters){self.how and ', '}{self.how}.\n"
+            f"{experts}"
             "Zeros alone make nothing faster or smaller: dense kernels multiply by them and files"
             " store them. For speed and memory on any machine remove whole heads and neurons"
             " (hfprune.plan, hfprune.remove); 2:4 needs a GPU with kernels for it."
@@ -111,13 +121,16 @@ def sparsify(
     """Set the least important weights of a model's layers to zero, in place.
 
     It covers the weights of every Linear and Conv1D in the model's lists of layers, not embeddings,
-    poolers and heads. The model is saved as ever: its weights are ordinary ones, with zeros.
-    `hfprune.KeepSparse` holds them at zero in training. The choice needs memory for a float32 copy
-    of all those weights, three with the scope "global".
+    poolers and heads, and not routed experts, which transformers holds in tensors of their own. The
+    model is saved as ever: its weights are ordinary ones, with zeros. `hfprune.KeepSparse` holds
+    them at zero in training. The choice needs memory for a float32 copy of all those weights, three
+    with the scope "global".
 
     Args:
         model: any transformers model whose weights are in memory.
-        sparsity: share of the weights to set to zero, between 0 and 1; met to one weight.
+        sparsity: share of the weights to set to zero, between 0 and 1; met to one weight of those
+            that compete: with the scope "row" every row is rounded alike, so that 1 % of rows of 32
+            is nothing. What comes back says what was reached.
         criterion: "magnitude", |w| (Han et al. 2015, arXiv:1506.02626); "wanda", |w| times the norm
             of the weight's input (Sun et al. 2023, arXiv:2306.11695); "taylor", |w dL/dw| summed
             over batches (Molchanov et al. 2019, arXiv:1906.10771), which needs memory for the
@@ -132,8 +145,8 @@ def sparsify(
     Raises:
         HfpruneError: an unknown criterion or scope, a sparsity that is no share or not that of n_m,
             or rows that n_m does not divide.
-        DataError: the criterion needs batches and has none, a loss or an importance that is not
-            finite, or a loss that does not depend on a layer.
+        DataError: the criterion needs batches and has none, a loss, an input or an importance that
+            is not finite, or a loss that does not depend on a layer.
         UnsupportedModelError: weights that are quantized, sharded or not in memory.
     """
     if criterion not in _SALIENCIES:
@@ -163,7 +176,7 @@ def sparsify(
         }
     params = sum(p.numel() for p in model.parameters())
     among = f"{n_m} along each row" if n_m else _AMONG[scope]
-    made = Sparsity(masks, params, f"by {criterion} {among}")
+    made = Sparsity(masks, params, f"by {criterion} {among}", _expert_weights(model))
     made.apply(model)
     return made
 
@@ -174,16 +187,11 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     Raises:
         UnsupportedModelError: there is none, or one whose weights are not plain.
     """
-    root = model.base_model
-    prefix = next(f"{name}." if name else "" for name, m in model.named_modules() if m is root)
-    lists = tuple(f"{n}." for n, m in root.named_modules() if isinstance(m, nn.ModuleList))
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found: dict[str, nn.Module] = {
-        prefix + name: module
-        for name, module in root.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and name.startswith(lists)
-        and id(module.weight) not in embedded
+        path: module
+        for path, module in _inside_layers(model).items()
+        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in embedded
     }
     if not found:
         raise UnsupportedModelError(f"{type(model).__name__} has no linear layers in its layers.")
@@ -196,6 +204,26 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
                 " whole and in floating point."
             )
     return found
+
+
+def _inside_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Every module in the lists of layers of a model, by its path."""
+    root = model.base_model
+    prefix = next(f"{name}." if name else "" for name, m in model.named_modules() if m is root)
+    lists = tuple(f"{n}." for n, m in root.named_modules() if isinstance(m, nn.ModuleList))
+    return {prefix + n: m for n, m in root.named_modules() if n.startswith(lists)}
+
+
+def _expert_weights(model: PreTrainedModel) -> int:
+    """How many weights lie in tensors with one matrix per expert."""
+    kernels = nn.Conv1d | nn.Conv2d | nn.Conv3d  # of three dimensions too, or more
+    return sum(
+        parameter.numel()
+        for module in _inside_layers(model).values()
+        if not isinstance(module, kernels)
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() == 3
+    )
 
 
 def _pattern(n_m: str, sparsity: float) -> tuple[int, int]:
@@ -272,9 +300,14 @@ def _wanda(
 ) -> Saliency:
     sums: dict[str, torch.Tensor] = {}
     batch: Batch = {}
+    index = 0
+    row = ROWS.get(model.config.model_type)
+    crossed = [a for s in row.stacks for a in s.attentions if a.context == "cross"] if row else []
+    of_encoder = tuple(f".{name}" for attention in crossed for name in (attention.k, attention.v))
     with ExitStack() as stack:
         for path, module in layers.items():
             decoder = model.config.is_encoder_decoder and "decoder." in path
+            decoder = decoder and not path.endswith(of_encoder)
 
             def watch(
                 module: nn.Module,
@@ -289,11 +322,16 @@ def _wanda(
                 ):
                     squares = squares * mask.to(squares)[..., None]
                 total = squares.flatten(0, -2).double().sum(dim=0)
+                if not torch.isfinite(total).all():
+                    raise DataError(
+                        f"The inputs of {path} are not finite in calibration batch {index}."
+                    )
                 sums[path] = sums[path] + total if path in sums else total
 
             stack.callback(module.register_forward_pre_hook(watch).remove)
         with evaluating(model), uncached(model):
-            for given in batches:
+            for number, given in enumerate(batches):
+                index = number
                 batch = {name: tensor.to(model.device) for name, tensor in given.items()}
                 model(**batch)
     for path in layers:

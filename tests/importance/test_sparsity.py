@@ -1,5 +1,7 @@
 """Which weights become zero: against sorting by brute force, finite differences, exact counts."""
 
+import re
+
 import pytest
 import tiny
 import torch
@@ -9,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 import hfprune
 from hfprune.errors import DataError, HfpruneError, UnsupportedModelError
 from hfprune.importance.losses import labels_loss
-from hfprune.importance.sparsity import linear_layers, sparsify
+from hfprune.importance.sparsity import Sparsity, linear_layers, sparsify
 
 
 def labelled(family="llama", dtype=torch.float32):
@@ -117,6 +119,25 @@ def test_wanda_is_the_weight_times_the_norm_of_its_input():
         assert (result.masks[path].sum(dim=1) == weight.shape[1] // 2).all()
 
 
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_padding_does_not_count_for_wanda_in_any_stack(family):
+    """Encoder and decoder are equally long and padded differently; so each has a mask that fits."""
+    model = tiny.model(family)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, tiny.VOCABULARY, (1, 6), generator=generator)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.flip(1)}
+    batch["attention_mask"][:, 4:], batch["labels"][:, 3:] = 0, -100
+    lengths = {"input_ids": 4, "attention_mask": 4, "labels": 3}
+    bare = {name: tensor[:, : lengths[name]] for name, tensor in batch.items()}
+    padded, alone = (
+        sparsify(tiny.model(family), criterion="wanda", scope="row", batches=[b])
+        for b in (batch, bare)
+    )
+    for path in linear_layers(model):
+        same = padded.masks[path] == alone.masks[path]
+        assert same.float().mean() > 0.999, path  # of equals in rounding
+
+
 def test_taylor_is_the_slope_of_finite_differences():
     model, batch = labelled("bert", dtype=torch.float64)
     parts = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(2)]
@@ -189,6 +210,46 @@ def test_masks_of_another_model():
     result = sparsify(labelled("llama")[0])
     with pytest.raises(HfpruneError, match=r"of another model: model\.layers\.0.* is not there"):
         result.apply(small)
+
+
+def test_masks_that_do_not_all_fit_change_nothing():
+    model = tiny.model("llama")
+    masks = dict(sparsify(labelled()[0]).masks)
+    last = list(masks)[-1]
+    masks[last] = masks[last][:, 1:]
+    before = weights(model)
+    with pytest.raises(HfpruneError, match=rf"of another model: {re.escape(last)} has"):
+        Sparsity(masks, 1).apply(model)
+    assert all(weights(model)[path].equal(weight) for path, weight in before.items())
+
+
+def test_every_row_is_rounded_alike():
+    for share, of_32, of_24 in ((0.01, 0, 0), (0.55, 18, 13)):
+        result = sparsify(labelled()[0], share, scope="row")
+        for mask in result.masks.values():
+            gone = of_32 if mask.shape[1] == 32 else of_24
+            assert ((~mask).sum(dim=1) == gone).all()
+        assert f" ({result.zeros / result.weights:.1%}; " in str(result)
+
+
+def test_inputs_that_are_not_finite_are_named_by_their_batch():
+    model, batch = labelled()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = torch.nan
+    batches = [batch, batch | {"input_ids": torch.zeros_like(batch["input_ids"])}, batch]
+    with pytest.raises(DataError, match=r"self_attn\.q_proj are not finite in .* batch 1"):
+        sparsify(model, criterion="wanda", batches=batches)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "wav2vec2"])
+def test_experts_are_left_and_the_report_says_so(family):
+    model = tiny.model(family)
+    experts = [p.clone() for n, p in model.named_parameters() if ".experts." in n]
+    for result in (sparsify(model), Sparsity.of(model)):
+        assert result.experts == sum(p.numel() for p in experts)
+        assert ("weights of the routed experts stay" in str(result)) == (family == "mixtral")
+    after = [p for n, p in model.named_parameters() if ".experts." in n]
+    assert all(one.equal(other) for one, other in zip(experts, after, strict=True))
 
 
 def test_it_is_public():
