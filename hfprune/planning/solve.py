@@ -52,7 +52,8 @@ def plan(
             limits, "macs=50%, params=60%". No limit is exceeded, and the spending is within the
             constraints' tolerance below one of them. "memory=400MB@1x128" and
             "memory=60%@1x128" limit the bytes of the whole model's weights and of its key-value
-            cache, of 1 example of 128 tokens here; without an @, of one example of `tokens`.
+            cache, of 1 example of 128 tokens here; without an @, of one example of `tokens`, of the
+            longest stack's.
             "latency=8ms@1x128" and "latency=60%@1x128" limit the time of the whole model's forward
             pass on this machine.
         criterion: by which importance.

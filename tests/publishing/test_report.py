@@ -29,6 +29,18 @@ def table_of(markdown):
     return [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
 
 
+def test_lengths_of_encoder_and_decoder_are_written_and_read():
+    plain = make()
+    pruning = dataclasses.replace(plain.pruning, tokens=(39.8, 5.4))
+    report = dataclasses.replace(plain, tokens=(40, 5), pruning=pruning)
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    assert "MACs (40 and 5 tokens)" in report.cells()[0]
+    assert any("of 40 and 5 tokens on average" in line for line in report.caveats())
+    earlier = plain.to_dict()
+    earlier["pruning"]["tokens"] = 11.4  # as hfprune 0.1.0 wrote it
+    assert Report.from_dict(earlier) == plain
+
+
 def test_the_markdown_table_has_every_variant():
     report = make()
     header, *rows = table_of(report.markdown())
