@@ -75,10 +75,9 @@ class _Summed(torch.autograd.Function):
     ) -> torch.Tensor:
         counted = target != ignored
         norms = torch.cat([rows.logsumexp(dim=1) for rows in logits.split(_ROWS)])
-        hit = target.where(counted, 0)
-        ctx.save_for_backward(logits, norms, hit, counted)
-        picked = logits.gather(1, hit[:, None]).squeeze(1)
-        return (norms - picked).where(counted, 0.0).sum()
+        ctx.save_for_backward(logits, norms, target.where(counted, 0), counted)
+        missed = F.nll_loss(logits, target, ignore_index=ignored, reduction="none")
+        return (norms.where(counted, 0.0) + missed).sum()
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
