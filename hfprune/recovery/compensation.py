@@ -79,7 +79,7 @@ def compensate(
     If it raises, the pruned model is as it was before.
 
     Memory: the hidden states of all batches twice and what else their layers are called with, the
-    residual sums of one layer, a copy of the outlets, and four (columns x columns) matrices in
+    residual sums of one layer, a copy of the outlets, and six (columns x columns) matrices in
     float64 for the widest of them. Time: about five forward passes over the layers.
 
     Args:

@@ -118,14 +118,15 @@ def scaled(moments: Moments, current: torch.Tensor, units: int) -> torch.Tensor:
     columns = len(current) - 1
     rows = current[:columns]
     by_unit = (units, columns // units if units else 0)
-    products = moments.inputs[:columns, :columns] * (rows @ rows.T)
-    gram = products.unflatten(1, by_unit).sum(2).unflatten(0, by_unit).sum(1)
+    gram = (rows @ rows.T).mul_(moments.inputs[:columns, :columns])
+    if units < columns:
+        gram = gram.unflatten(1, by_unit).sum(2).unflatten(0, by_unit).sum(1)
     wanted = moments.cross[:columns] - torch.outer(moments.inputs[:columns, -1], current[-1])
     cross = (rows * wanted).sum(dim=1).unflatten(0, by_unit).sum(dim=1)
     pull = RIDGES[0] * _scale(gram.diagonal())
     gram.diagonal().add_(pull)
-    scales = torch.linalg.solve(gram, cross + pull)
-    return torch.cat([rows * scales.repeat_interleave(by_unit[1])[:, None], current[columns:]])
+    scales = torch.cholesky_solve((cross + pull)[:, None], torch.linalg.cholesky(gram))
+    return torch.cat([rows * scales.repeat_interleave(by_unit[1], dim=0), current[columns:]])
 
 
 def _unchanged(moments: Moments, current: torch.Tensor) -> torch.Tensor:
