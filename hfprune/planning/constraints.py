@@ -49,6 +49,8 @@ class Constraints:
                 "min_heads and min_neurons must be 0 or more, round_to 1 or more, tolerance above"
                 f" 0: {self}."
             )
+        if isinstance(self.protect, str):  # whose letters would be taken for names
+            raise HfpruneError(f"protect takes a tuple of names: ({self.protect!r},).")
         if self.layers is not None and self.layers < 1:
             raise HfpruneError(f"layers must be 1 or more, not {self.layers}.")
         if self.uniform and not (self.min_heads and self.min_neurons):

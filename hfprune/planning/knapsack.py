@@ -6,6 +6,10 @@ over the few options that the bound cannot exclude is exact. Under several limit
 best choice under one of them is the best of all if it respects the others. Otherwise the relaxation
 has a price for each (found by cutting planes, Kelley 1960), and branch and bound (HiGHS) goes
 through what the bound cannot exclude.
+
+Where options are coarse, the best choice may stay far below every limit. A floor then asks for one
+that uses a limit nearly up. No price leads there, so dynamic programming alone looks for it, among
+the choices whose bound is below a ceiling that rises until there is one.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ _MOST_STATES = 200_000
 _MOST_OPTIONS = 20_000  # that branch and bound is asked to go through
 _MOST_NODES = 500
 _MOST_CUTS = 200
+_CEILINGS = 4.0 ** np.arange(-8, 1)  # of what may be lost at most
 
 
 class Choice(NamedTuple):
@@ -30,8 +35,10 @@ class Choice(NamedTuple):
 
     Attributes:
         picks: the option of each group.
-        gap: a bound on how much more it loses than the best choice (0: it is the best).
-        prices: loss per unit of each cost at the margin; 0 for a limit that does not bind.
+        gap: a bound on how much more it loses than the best choice that is allowed (0: it is the
+            best).
+        prices: loss per unit of each cost at the margin, floors aside; 0 for a limit that does not
+            bind.
     """
 
     picks: list[int]
@@ -39,42 +46,78 @@ class Choice(NamedTuple):
     prices: list[float]
 
 
-def choose(costs: Sequence[Ints], losses: Sequence[Floats], limits: Sequence[int]) -> Choice | None:
+def choose(
+    costs: Sequence[Ints],
+    losses: Sequence[Floats],
+    limits: Sequence[int],
+    floors: Sequence[int] | None = None,
+) -> Choice | None:
     """Pick one option per group with the least total loss, every total cost within its limit.
 
     Args:
         costs: per group, (options, limits) what each option costs.
         losses: per group, the loss of each option.
         limits: of each cost.
+        floors: of each cost, one of which at least is to be reached; by default none need be.
 
     Returns:
-        The choice; None if there is none. Under several limits, and where no option of a group is
-        the cheapest by all of them, None may also mean that none was found.
+        The choice; None if none is within the limits. Under several limits, and where no option of
+        a group is the cheapest by all of them, None may also mean that none was found. Where none
+        was found that reaches a floor, it is one that comes near.
     """
     if not costs:
         return Choice([], 0.0, [0.0] * len(limits))
+    best = _choose_within(costs, losses, limits)
+    if best is None or floors is None or _reaches(costs, best.picks, floors):
+        return best
+    bound = _total(losses, best.picks) - best.gap
+    most = sum(float(loss.max()) for loss in losses)
+    for ceiling in bound + (most - bound) * _CEILINGS:
+        picks, sure = _search(costs, losses, np.array(best.prices), limits, ceiling, floors)
+        if picks:
+            gap = 0.0 if sure else max(0.0, _total(losses, picks) - bound)
+            return best._replace(picks=picks, gap=gap)
+        bound = ceiling if sure else bound
+    fullest = _fullest(costs, limits, best.picks)
+    return best._replace(picks=fullest, gap=max(0.0, _total(losses, fullest) - bound))
+
+
+def _choose_within(
+    costs: Sequence[Ints], losses: Sequence[Floats], limits: Sequence[int]
+) -> Choice | None:
+    """As `choose`, without floors."""
     if (np.sum([cost.min(axis=0) for cost in costs], axis=0) > limits).any():
         return None
     for n, limit in enumerate(limits):
-        picks, gap, price = _under_one([cost[:, n] for cost in costs], losses, limit)
+        picks, gap, price = _under_one([cost[:, [n]] for cost in costs], losses, limit)
         if _within(costs, picks, np.array(limits)):
             return Choice(picks, gap, [price if m == n else 0.0 for m in range(len(limits))])
     return _under_several(costs, losses, np.array(limits))
+
+
+def _fullest(costs: Sequence[Ints], limits: Sequence[int], known: list[int]) -> list[int]:
+    """Of a choice that is known and of those that spend the most of each cost, all within the
+    limits, the one that comes nearest to a limit.
+    """
+    found = [known]
+    for n in range(len(limits)):
+        unspent = [(cost[:, n].max() - cost[:, n]).astype(float) for cost in costs]
+        choice = _choose_within(costs, unspent, limits)
+        found += [choice.picks] if choice else []
+    return max(found, key=lambda picks: float((_spent(costs, picks) / np.maximum(limits, 1)).max()))
 
 
 def _under_one(
     costs: Sequence[Ints], losses: Sequence[Floats], limit: int
 ) -> tuple[list[int], float, float]:
     """As `choose`, under one limit."""
-    price, chosen = _price(costs, losses, limit)
-    chosen = _fill([cost[:, None] for cost in costs], losses, chosen, np.array([limit]))
+    price, chosen = _price([cost[:, 0] for cost in costs], losses, limit)
+    chosen = _fill(costs, losses, chosen, np.array([limit]))
     best = _total(losses, chosen)
-    reduced = [loss + price * cost for loss, cost in zip(losses, costs, strict=True)]
+    reduced = [loss + price * cost[:, 0] for loss, cost in zip(losses, costs, strict=True)]
     bound = sum(float(r.min()) for r in reduced) - price * limit
-    exact = _search(costs, losses, reduced, price, limit, best)
-    if exact is None:
-        return chosen, max(0.0, best - bound), price
-    return exact or chosen, 0.0, price
+    better, sure = _search(costs, losses, np.array([price]), [limit], best)
+    return better or chosen, 0.0 if sure else max(0.0, best - bound), price
 
 
 def _price(costs: Sequence[Ints], losses: Sequence[Floats], limit: int) -> tuple[float, list[int]]:
@@ -130,51 +173,62 @@ def _fill(
 def _search(
     costs: Sequence[Ints],
     losses: Sequence[Floats],
-    reduced: Sequence[Floats],
-    price: float,
-    limit: int,
+    prices: Floats,
+    limits: Sequence[int],
     best: float,
-) -> list[int] | None:
-    """Exact dynamic programming over the options whose bound is below `best`.
+    floors: Sequence[int] | None = None,
+) -> tuple[list[int], bool]:
+    """Dynamic programming over the options whose bound at the prices is below `best`.
 
     Returns:
-        The best choice, [] if none is better than `best`, None if there were too many states to be
-        sure.
+        The best choice that was found, [] if none is better than `best`; and whether that is sure.
+        It is not where there are too many states: with floors, the most promising are followed,
+        and without, none.
     """
     slack = 1e-9 * (abs(best) + 1e-300)
+    reduced = [loss + cost @ prices for loss, cost in zip(losses, costs, strict=True)]
     rest = np.concatenate([np.cumsum([r.min() for r in reduced][::-1])[::-1], [0.0]])
-    ceiling = best - slack + price * limit
-    cost, loss = np.zeros(1, dtype=np.int64), np.zeros(1)
+    ceiling = best - slack + float(prices @ limits)
+    dearest = np.array([cost.max(axis=0) for cost in costs])
+    cost, loss, sure = np.zeros((1, len(limits)), dtype=np.int64), np.zeros(1), True
     # Per group: which earlier state and which option led to a state.
     steps: list[tuple[Ints, Ints]] = []
     for g, (option_cost, option_loss) in enumerate(zip(costs, losses, strict=True)):
-        floor_before = float(np.min(loss + price * cost))
+        floor_before = float(np.min(loss + cost @ prices))
         options = np.flatnonzero(floor_before + reduced[g] + rest[g + 1] <= ceiling)
-        if len(cost) * len(options) > 50 * _MOST_STATES:
-            return None
-        new_cost = (cost[:, None] + option_cost[options][None]).ravel()
+        many = min(_MOST_STATES, 50 * _MOST_STATES // max(1, len(options)))
+        if len(cost) > many:
+            if floors is None:
+                return [], False
+            promising = np.argsort(loss + cost @ prices, kind="stable")[:many]
+            cost, loss, sure = cost[promising], loss[promising], False
+            steps[-1] = (steps[-1][0][promising], steps[-1][1][promising])
+        new_cost = (cost[:, None] + option_cost[options][None]).reshape(-1, len(limits))
         new_loss = (loss[:, None] + option_loss[options][None]).ravel()
-        alive = np.flatnonzero(
-            (new_cost <= limit) & (new_loss + price * new_cost + rest[g + 1] <= ceiling)
-        )
-        order = alive[np.lexsort((new_loss[alive], new_cost[alive]))]
-        falls = np.minimum.accumulate(new_loss[order]) if len(order) else np.zeros(0)
+        alive = (new_cost <= limits).all(axis=1)
+        alive &= new_loss + new_cost @ prices + rest[g + 1] <= ceiling
+        if floors is not None:
+            alive &= (new_cost + dearest[g + 1 :].sum(axis=0) >= floors).any(axis=1)
+        living = np.flatnonzero(alive)
+        order = living[np.lexsort((new_loss[living], *new_cost[living].T))]
         first = np.ones(len(order), dtype=bool)
-        first[1:] = falls[1:] < falls[:-1]  # dearer and no better: dominated
+        if floors is None:
+            falls = np.minimum.accumulate(new_loss[order]) if len(order) else np.zeros(0)
+            first[1:] = falls[1:] < falls[:-1]  # dearer and no better: dominated
+        else:  # what is dearer may reach a floor
+            first[1:] = (new_cost[order[1:]] != new_cost[order[:-1]]).any(axis=1)
         order = order[first]
         if not len(order):
-            return []
-        if len(order) > _MOST_STATES:
-            return None
+            return [], sure
         steps.append((order // len(options), options[order % len(options)]))
         cost, loss = new_cost[order], new_loss[order]
     state, picks = int(np.argmin(loss)), []
     if loss[state] >= best - slack:
-        return []
+        return [], sure
     for parents, chosen in reversed(steps):
         picks.append(int(chosen[state]))
         state = int(parents[state])
-    return picks[::-1]
+    return picks[::-1], sure
 
 
 def _under_several(costs: Sequence[Ints], losses: Sequence[Floats], limits: Ints) -> Choice | None:
@@ -276,3 +330,7 @@ def _spent(costs: Sequence[NDArray], picks: Sequence[int]) -> NDArray:
 
 def _within(costs: Sequence[Ints], picks: Sequence[int], limits: Ints) -> bool:
     return bool((_spent(costs, picks) <= limits).all())
+
+
+def _reaches(costs: Sequence[Ints], picks: Sequence[int], floors: Sequence[int]) -> bool:
+    return bool((_spent(costs, picks) >= floors).any())

@@ -90,7 +90,8 @@ class LatencyTable:
 
     def check_fits(self, model: PreTrainedModel, batch_size: int, tokens: int) -> None:
         """Refuse a table of another model or batch; warn of one from another machine, which may be
-        meant: the pruned model is then planned for that machine.
+        meant: the pruned model is then planned for that machine. How many threads plan says nothing
+        of how many the model is to run on: the table's count.
 
         Raises:
             HfpruneError: the table does not tell the time that is asked for.
@@ -107,6 +108,7 @@ class LatencyTable:
                 f"{self.tokens}, or measure again."
             )
         here = _machine(model)
+        del here["threads"]
         if other := [key for key, value in here.items() if self.machine.get(key) != value]:
             differences = "; ".join(f"{k} {self.machine.get(k)!r}, here {here[k]!r}" for k in other)
             warnings.warn(

@@ -62,8 +62,8 @@ class PruningPlan:
         criterion: by which importance the units were chosen.
         tokens: length of the example whose MACs are counted; one per stack where they differ.
         lost: {group name: share of the group's importance that goes}.
-        gap: how far the kept importance may lie below the best possible, as a share of all
-            importance.
+        gap: how far the kept importance may lie below the best of all choices that meet the budget
+            within the tolerance, as a share of all importance.
         uniform: the layers of a stack keep equally many units, and the pruned model is to be one of
             its stock class.
         spending: one per limit of the budget.

@@ -27,10 +27,9 @@ from hfprune.planning.resources import Meter, meter
 from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.cost import Selection, Tokens, tokens_of
 
-_REWARDS = (1e-12, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e3)
-"""What using all of the room is worth, relative to all importance: of equally important choices the
-dearest. Where units are coarse the most important set may stay far below the limit; then room is
-worth more, as little as fills it, and in the end more than any importance.
+_TIE = 1e-12
+"""What using all of the room is worth, relative to all importance: it decides between equally
+important choices, for the dearest.
 """
 
 
@@ -196,12 +195,9 @@ def solve(
     spent = account.spent(keep)
     if (spent > account.limits).any():
         account.check_reachable(offers, constraints)
-        for reward in _REWARDS:
-            choice = _choose(offers, together, account.limits - account.fixed, reward * total)
-            keep = _left(anatomy, blocks, offers, choice)
-            spent = account.spent(keep)
-            if account.is_met(spent, constraints.tolerance):
-                break
+        choice = _choose(offers, together, account, constraints.tolerance, _TIE * total)
+        keep = _left(anatomy, blocks, offers, choice)
+        spent = account.spent(keep)
     account.check_met(spent, constraints.tolerance)
     prices = np.array(choice.prices)
     lost, margins = dict.fromkeys(anatomy.everything, 1.0), {}
@@ -240,22 +236,26 @@ def _left(
 
 
 def _choose(
-    offers: Sequence[Offer], together: Sequence[Sequence[int]], room: Ints, reward: float
+    offers: Sequence[Offer],
+    together: Sequence[Sequence[int]],
+    account: _Account,
+    tolerance: float,
+    tie: float,
 ) -> Choice:
-    """The option of each offer, the same of those together; using all of the room is worth the
-    reward, in importance.
+    """The option of each offer, the same of those together; using all of the room is worth `tie`,
+    in importance.
     """
     costs = [np.sum([offers[n].cost for n in numbers], axis=0) for numbers in together]
     losses = [np.sum([offers[n].loss for n in numbers], axis=0) for numbers in together]
-    unit = reward / np.maximum(np.abs(room), 1) / len(room)
+    room = account.limits - account.fixed
+    unit = tie / np.maximum(np.abs(room), 1) / len(room)
     losses = [
         loss + (cost.max(axis=0) - cost) @ unit for cost, loss in zip(costs, losses, strict=True)
     ]
-    choice = choose(costs, losses, room.tolist())
+    floors = account.least_spent(tolerance) - account.fixed
+    choice = choose(costs, losses, room.tolist(), floors.tolist())
     if choice is None:
-        raise BudgetError(
-            "No structure was found that meets all limits at once; relax one of them."
-        )
+        raise account.at_odds(costs)
     picks = {n: i for numbers, i in zip(together, choice.picks, strict=True) for n in numbers}
     return choice._replace(picks=[picks[n] for n in range(len(offers))])
 
@@ -305,9 +305,30 @@ class _Account:
                 f" the least is {self._asked_for(least, least > self.limits)}."
             )
 
-    def is_met(self, spent: Ints, tolerance: float) -> bool:
-        """Whether what is spent comes near one limit at least."""
-        return bool((spent >= self.limits * (1 - tolerance)).any())
+    def at_odds(self, costs: Sequence[Ints]) -> BudgetError:
+        """Of limits that can be met, but not together: how far each must be relaxed by itself.
+
+        Args:
+            costs: per group, (options, limits) what each option costs.
+        """
+        least = self.fixed.copy()
+        found = [False] * len(least)
+        for n in range(len(least)):
+            room = self.limits - self.fixed
+            room[n] = sum(int(cost[:, n].max()) for cost in costs)
+            shares = [cost[:, n] / max(1, room[n]) for cost in costs]
+            if choice := choose(costs, shares, room.tolist()):
+                least[n] += sum(int(c[i, n]) for c, i in zip(costs, choice.picks, strict=True))
+                found[n] = True
+        nearest = f" The least of each, where the others hold: {self._asked_for(least, found)}."
+        return BudgetError(
+            f"No structure was found that meets all limits of {self.budget} at once; relax one of"
+            f" them.{nearest if any(found) else ''}"
+        )
+
+    def least_spent(self, tolerance: float) -> Ints:
+        """What must be spent of one limit at least, so that the budget counts as met."""
+        return np.ceil(self.limits * (1 - tolerance)).astype(np.int64)
 
     def check_met(self, spent: Ints, tolerance: float) -> None:
         """Refuse to stay far below every limit.
@@ -315,7 +336,7 @@ class _Account:
         Raises:
             BudgetError: names the nearest below.
         """
-        if self.is_met(spent, tolerance):
+        if (spent >= self.least_spent(tolerance)).any():
             return
         if (spent >= self.dense).all():
             raise BudgetError(
