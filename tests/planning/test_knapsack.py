@@ -11,18 +11,23 @@ from hfprune.planning import knapsack
 from hfprune.planning.knapsack import choose
 
 
-def brute_force(costs, losses, limits):
-    """The least loss within the limits, None if nothing is."""
+def brute_force(costs, losses, limits, floors=(-np.inf,)):
+    """The least loss within the limits that reaches a floor, None if nothing does."""
     found = [
         sum(loss[i] for loss, i in zip(losses, picks, strict=True))
         for picks in itertools.product(*(range(len(c)) for c in costs))
-        if (spent(costs, picks) <= limits).all()
+        if (spent(costs, picks) <= limits).all() and (spent(costs, picks) >= floors).any()
     ]
     return min(found, default=None)
 
 
 def spent(costs, picks):
     return np.sum([cost[i] for cost, i in zip(costs, picks, strict=True)], axis=0)
+
+
+def share_spent(costs, picks, limits):
+    """How near a choice comes to one of the limits."""
+    return (spent(costs, picks) / np.maximum(limits, 1)).max()
 
 
 def lost(losses, picks):
@@ -79,6 +84,49 @@ def test_under_several_limits_what_it_says_holds(problem):
     if choice is not None:
         assert (spent(costs, choice.picks) <= limits).all()
         assert best - 1e-9 <= lost(losses, choice.picks) <= best + choice.gap + 1e-9
+
+
+@settings(max_examples=150)
+@given(
+    st.integers(1, 2).flatmap(lambda n: knapsacks(n, alike=True)),
+    st.lists(st.integers(0, 8), min_size=2, max_size=2),
+)
+def test_with_floors_it_is_the_best_that_reaches_one(problem, below):
+    costs, losses, limits = problem
+    floors = [limit - less for limit, less in zip(limits, below, strict=False)]
+    choice = choose(costs, losses, limits, floors)
+    assert (spent(costs, choice.picks) <= limits).all()
+    best = brute_force(costs, losses, limits, floors)
+    assert (best is not None) == (spent(costs, choice.picks) >= floors).any()
+    if best is None:
+        assert share_spent(costs, choice.picks, limits) == max(
+            share_spent(costs, picks, limits)
+            for picks in itertools.product(*(range(len(c)) for c in costs))
+            if (spent(costs, picks) <= limits).all()
+        )
+    else:
+        assert lost(losses, choice.picks) == pytest.approx(best, abs=1e-6)
+        assert choice.gap <= 1e-6
+
+
+@pytest.mark.parametrize("resources", [1, 2])
+def test_a_search_for_a_floor_too_large_to_finish_is_good_and_says_so(resources, monkeypatch):
+    monkeypatch.setattr(knapsack, "_MOST_STATES", 20)
+    generator = np.random.default_rng(0)
+    gaps, regrets = [], []
+    for _ in range(60):
+        costs, losses, limits = random_problem(generator, resources)
+        floors = [limit - 2 for limit in limits]
+        best = brute_force(costs, losses, limits, floors)
+        choice = choose(costs, losses, limits, floors)
+        if best is None or choice is None or (spent(costs, choice.picks) < floors).all():
+            continue
+        assert (spent(costs, choice.picks) <= limits).all()
+        regrets.append(lost(losses, choice.picks) - best)
+        assert -1e-9 <= regrets[-1] <= choice.gap + 1e-9
+        gaps.append(choice.gap)
+    assert len(gaps) > 20 and max(gaps) > 0
+    assert np.mean(regrets) < 0.01  # 0.6 if it were any choice that reaches a floor
 
 
 def random_problem(generator, resources):

@@ -134,8 +134,9 @@ def test_a_latency_that_the_rest_of_the_model_exceeds_names_the_nearest():
 def test_a_table_of_another_machine_is_named_and_of_another_model_refused():
     model = tiny.model("bert")
     there = table(model)
-    there.machine.update(processor="Abacus 2000", threads=64)
-    with pytest.warns(UserWarning, match=r"processor 'Abacus 2000', here .*threads 64, here 1"):
+    there.machine.update(processor="Abacus 2000", dtype="float8")
+    named = r"processor 'Abacus 2000', here .*dtype 'float8', here 'float32'"
+    with pytest.warns(UserWarning, match=named):
         made = plan(model, scored(model), "latency=60%", latency=there)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -145,6 +146,15 @@ def test_a_table_of_another_machine_is_named_and_of_another_model_refused():
         plan(other, scored(other), "latency=60%", latency=table(model))
     with pytest.raises(HfpruneError, match=r"batches of 4x32, .*table for 1x9"):
         plan(model, scored(model), "latency=60%@4x32", latency=table(model))
+
+
+def test_how_many_threads_plan_does_not_matter():
+    model = tiny.model("bert")
+    for_many = table(model)
+    for_many.machine["threads"] = torch.get_num_threads() + 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan(model, scored(model), "latency=60%", latency=for_many)
 
 
 @pytest.mark.parametrize("family", ["llama", "vit", pytest.param("t5", marks=pytest.mark.slow)])

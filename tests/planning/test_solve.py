@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hfprune.errors import BudgetError, HfpruneError
 from hfprune.importance.scoring import Scores
+from hfprune.planning import knapsack
 from hfprune.planning.budget import Budget, Limit
 from hfprune.planning.constraints import Constraints
 from hfprune.planning.plan import PruningPlan
@@ -342,6 +343,152 @@ def test_a_budget_between_two_structures_names_the_nearest():
     assert plan(model, scored(model), "params=80%", constraints=loose).keep == made.keep
 
 
+COARSE = [("llama", 4, 0.4), ("llama", 4, 0.85), ("bert", 8, 0.65), ("bert", 8, 0.8)]
+
+
+def most_kept(anatomy, importance, round_to, low, high):
+    """The most importance that any selection keeps whose MACs are between two shares."""
+    whole = layers_macs(anatomy, TOKENS)
+    reachable = {whole: 0.0}  # MACs -> the most that is kept of the groups so far
+    for group in anatomy:
+        values = importance[group.name]
+        best = values.argsort(descending=True).tolist()
+        choices = (
+            subsets(group, 1)
+            if group.kind == "head"
+            else [
+                best[:n] for n in range(1, group.units + 1) if n == group.units or not n % round_to
+            ]
+        )
+        found = {}
+        for units in choices:
+            saved = whole - layers_macs(anatomy, TOKENS, anatomy.everything | {group.name: units})
+            for macs, value in reachable.items():
+                at, now = macs - saved, value + float(values[list(units)].sum())
+                found[at] = max(found.get(at, 0.0), now)
+        reachable = found
+    return max(value for macs, value in reachable.items() if low <= macs / whole <= high)
+
+
+@pytest.mark.parametrize(("family", "round_to", "share"), COARSE)
+def test_of_coarse_units_the_best_that_meet_the_budget_stay(family, round_to, share):
+    model = tiny.model(family)
+    importance = scored(model).by("reconstruction")
+    total = sum(float(values.sum()) for values in importance.values())
+    made = plan(
+        model, scored(model), share_of("macs", share), constraints=Constraints(round_to=round_to)
+    )
+
+    def best(low, high):
+        return most_kept(made.anatomy, importance, round_to, low, high)
+
+    low, high = share * 0.99, share * 1.0001
+    assert kept(made, importance) == pytest.approx(best(low, high))
+    assert kept(made, importance) < best(0, high) - 1e-3 * total  # or this test would see nothing
+    assert made.gap == pytest.approx(0, abs=1e-9)
+    gain = (best(0, share + 0.1) - best(0, high)) / total / 10
+    assert made.spending[0].price == pytest.approx(gain, rel=0.6)
+
+
+def test_a_plan_that_may_not_be_the_best_says_how_far_it_may_be_off(monkeypatch):
+    monkeypatch.setattr(knapsack, "_MOST_STATES", 3)
+    gaps = []
+    for family, round_to, _ in COARSE[1:3]:
+        model = tiny.model(family)
+        importance = scored(model).by("reconstruction")
+        total = sum(float(values.sum()) for values in importance.values())
+        for share in (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85):
+            try:
+                made = plan(
+                    model,
+                    scored(model),
+                    share_of("macs", share),
+                    constraints=Constraints(round_to=round_to),
+                )
+            except BudgetError:
+                continue
+            best = most_kept(made.anatomy, importance, round_to, share * 0.99, share * 1.0001)
+            assert (best - kept(made, importance)) / total <= made.gap + 1e-9
+            gaps.append(made.gap)
+    assert len(gaps) > 10 and max(gaps) > 0
+
+
+def test_the_price_is_what_a_little_more_budget_keeps_and_worth_is_by_it():
+    model = transformers.BertModel(
+        transformers.BertConfig(
+            hidden_size=96, num_hidden_layers=3, num_attention_heads=12, intermediate_size=1536,
+            vocab_size=30,
+        )
+    )  # fmt: skip
+    scores = scored(model)
+    importance = scores.by("reconstruction")
+    total = sum(float(values.sum()) for values in importance.values())
+    for text in ("macs=40%", "macs=70%", "macs=70%, params=60%"):
+        limits = Budget.parse(text).limits
+        made = plan(model, scores, text)
+        binding = [n for n, own in enumerate(made.spending) if own.price]
+        assert len(binding) == 1
+        raised = limits[binding[0]]
+        more = list(limits)
+        more[binding[0]] = Limit(raised.resource, raised.amount + 0.01)
+        richer = plan(model, scores, Budget(tuple(more)))
+        gain = (kept(richer, importance) - kept(made, importance)) / total
+        own = made.spending[binding[0]]
+        assert own.price == pytest.approx(gain, rel=0.05)
+        per_unit = own.price * 100 * total / own.dense
+        for group in made.anatomy:
+            if group.kind != "neuron":
+                continue
+            stay = set(made.keep[group.name])
+            values = importance[group.name]
+            best = max(float(values[n]) for n in range(group.units) if n not in stay)
+            last = min(float(values[n]) for n in stay)
+            fewer = made.keep | {group.name: made.keep[group.name][1:]}
+            macs, params = (
+                layers_macs(made.anatomy, TOKENS, made.keep)
+                - layers_macs(made.anatomy, TOKENS, fewer),
+                layers_params(made.anatomy, made.keep) - layers_params(made.anatomy, fewer),
+            )
+            cost = macs if raised.resource == "macs" else params
+            expected = (best / cost / per_unit, last / cost / per_unit)
+            assert made.margins[group.name] == pytest.approx(expected)
+            assert expected[0] == pytest.approx(1, abs=0.05) == expected[1]
+
+
+def test_limits_that_no_structure_meets_together_name_the_nearest_of_each():
+    """Three heads in three KV groups compute least; four heads in two groups cache least."""
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
+            intermediate_size=48, vocab_size=30,
+        )
+    )  # fmt: skip
+    constraints = Constraints(min_heads=3, min_neurons=40)
+
+    def planned(*limits):
+        return plan(model, scored(model), Budget(limits), constraints=constraints, tokens=60)
+
+    def refused(*limits):
+        with pytest.raises(BudgetError) as caught:
+            planned(*limits)
+        return str(caught.value)
+
+    limits = []
+    for text, room in (("macs=1%", 0.015), ("memory=1%@32x60", 0.005)):
+        least = Limit.parse(re.search(r"the least is (.*)\.$", refused(Limit.parse(text))).group(1))
+        limits.append(dataclasses.replace(least, amount=least.amount + room))
+        planned(limits[-1])
+    said = refused(*limits)
+    assert f"meets all limits of {limits[0]}, {limits[1]} at once" in said
+    named = re.search(r"the others hold: (.*), (.*)\.$", said).groups()
+    for n, enough in enumerate(map(Limit.parse, named)):
+        relaxed = list(limits)
+        relaxed[n] = enough
+        planned(*relaxed)
+        relaxed[n] = dataclasses.replace(enough, amount=enough.amount - 2e-4)
+        refused(*relaxed)
+
+
 def test_floors_and_rounding_are_kept():
     model = tiny.model("bert")
     constraints = Constraints(min_heads=2, min_neurons=5, round_to=4, tolerance=0.2)
@@ -539,6 +686,8 @@ def test_protecting_leaves_less_to_choose_from_and_says_so():
     for wrong in ("encoder.layer.7", "encoder.lay", "encoder.layer.0.attention.selv"):
         with pytest.raises(HfpruneError, match=r"name in protect .* Did you mean 'encoder\.layer"):
             plan(model, scored(model), "macs=50%", constraints=Constraints(protect=(wrong,)))
+    with pytest.raises(HfpruneError, match=r"a tuple of names: \('encoder\.layer\.0',\)"):
+        Constraints(protect="encoder.layer.0")
     some = Constraints(protect=("encoder.layer.0",), uniform=True, min_heads=4)
     with pytest.raises(HfpruneError, match="Protect all layers of the stack or none"):
         plan(model, scored(model), "macs=75%", constraints=some)
