@@ -49,7 +49,9 @@ def cross_entropy(
     """`torch.nn.functional.cross_entropy`; lean for (rows, classes) float32 or float64 logits and
     (rows,) class numbers, and torch's own for all else.
     """
-    plain = weight is None and not label_smoothing and reduction in ("mean", "sum")
+    # The two old names of a reduction overrule the new one.
+    unset = weight is None and size_average is None and reduce is None and not label_smoothing
+    plain = unset and reduction in ("mean", "sum")
     classes = target.dim() == 1 and not target.is_floating_point()
     if not (plain and classes and logits.dtype in (torch.float32, torch.float64)):
         return F.cross_entropy(

@@ -53,6 +53,7 @@ def test_no_label_at_all_is_not_a_number_as_in_torch() -> None:
         {"weight": torch.arange(1.0, 8.0).double()},
         {"label_smoothing": 0.1},
         {"reduction": "none"},
+        {"size_average": False},
     ],
 )
 def test_what_is_not_plain_is_left_to_torch(options: dict) -> None:
