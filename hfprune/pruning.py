@@ -79,8 +79,8 @@ def preview(
         model: the model that was planned for.
         plan: from `hfprune.plan`.
         batches: held-out, with labels.
-        judge: (model, batches) -> quality, by the task's metric; by default
-            accuracy of sequence and image classifiers, perplexity of language models.
+        judge: (model, batches) -> quality, by the task's metric; by default accuracy of
+            sequence and image classifiers, perplexity of language models.
 
     Raises:
         HfpruneError: the plan is for another model, or no judge is known for models of its class.

@@ -40,8 +40,9 @@ from hfprune.publishing.report import Report
 from hfprune.recipe import FREE, Recipe
 from hfprune.recovery.compensation import compensate
 from hfprune.rounds import Round, budget_on_given, constraints_on_given, in_all
+from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.checkpoint import from_pretrained, remember_origin
-from hfprune.structure.cost import written_tokens
+from hfprune.structure.cost import longest, tokens_of, written_tokens
 from hfprune.structure.fitness import forget_gguf
 from hfprune.tasks import Processor, task_named
 from hfprune.training import Training
@@ -370,8 +371,10 @@ class Steps:
     def make_latency(self, this: Round, path: Path) -> None:
         """Where the time of the model that a round prunes goes, on this machine."""
         assert this.latency is not None
-        shape = this.latency.shape or (1, max(1, round(max(self.scores_of(this).tokens))))
-        measure_latency(self.model(this.given), *shape).save(path)
+        given = self.model(this.given)
+        lengths = tokens_of(Anatomy.of(given), self.scores_of(this).tokens)
+        shape = this.latency.shape or (1, longest(lengths))
+        measure_latency(given, *shape).save(path)
 
     def make_plan(self, this: Round, path: Path) -> None:
         """What stays of the model that the round is given; every process plans for itself."""

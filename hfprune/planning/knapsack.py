@@ -114,7 +114,7 @@ def _under_one(
     price, chosen = _price([cost[:, 0] for cost in costs], losses, limit)
     chosen = _fill(costs, losses, chosen, np.array([limit]))
     best = _total(losses, chosen)
-    reduced = [loss + price * cost[:, 0] for loss, cost in zip(losses, costs, strict=True)]
+    reduced = _priced(costs, losses, np.array([price]))
     bound = sum(float(r.min()) for r in reduced) - price * limit
     better, sure = _search(costs, losses, np.array([price]), [limit], best)
     return better or chosen, 0.0 if sure else max(0.0, best - bound), price
@@ -186,7 +186,7 @@ def _search(
         and without, none.
     """
     slack = 1e-9 * (abs(best) + 1e-300)
-    reduced = [loss + cost @ prices for loss, cost in zip(losses, costs, strict=True)]
+    reduced = _priced(costs, losses, prices)
     rest = np.concatenate([np.cumsum([r.min() for r in reduced][::-1])[::-1], [0.0]])
     ceiling = best - slack + float(prices @ limits)
     dearest = np.array([cost.max(axis=0) for cost in costs])
@@ -247,7 +247,7 @@ def _under_several(costs: Sequence[Ints], losses: Sequence[Floats], limits: Ints
     filled = [_fill(costs, losses, picks, limits) for picks in feasible]
     chosen = min(filled, key=lambda picks: _total(losses, picks))
     best = _total(losses, chosen)
-    reduced = [loss + share @ prices for loss, share in zip(losses, shares, strict=True)]
+    reduced = _priced(shares, losses, prices)
     open_to = [np.flatnonzero(r - r.min() <= best - bound) for r in reduced]
     if all(map(len, open_to)) and sum(map(len, open_to)) <= _MOST_OPTIONS:
         found = _branch_and_bound(shares, losses, limits / units, open_to)
@@ -271,7 +271,7 @@ def _prices(
     tried = [least]
     prices, best_prices, bound = np.zeros(len(room)), np.zeros(len(room)), -np.inf
     for _ in range(_MOST_CUTS):
-        values = [loss + share @ prices for loss, share in zip(losses, shares, strict=True)]
+        values = _priced(shares, losses, prices)
         picks = [int(np.argmin(value)) for value in values]
         value = sum(float(v[i]) for v, i in zip(values, picks, strict=True)) - float(prices @ room)
         if value > bound:
@@ -318,6 +318,11 @@ def _branch_and_bound(
         for own, start in zip(options, starts[:-1], strict=True)
     ]
     return picks, float(result.mip_dual_bound) * unit
+
+
+def _priced(costs: Sequence[NDArray], losses: Sequence[Floats], prices: Floats) -> list[Floats]:
+    """Per group, what each option loses and pays for its costs."""
+    return [loss + cost @ prices for loss, cost in zip(losses, costs, strict=True)]
 
 
 def _total(losses: Sequence[Floats], picks: Sequence[int]) -> float:

@@ -89,21 +89,21 @@ def layer_calls(
         rest = [(args[1:], kwargs) for args, kwargs in seen]
         hidden = seen[0][0][0]
         assert isinstance(hidden, torch.Tensor)
-        mask = padding_mask(inputs, hidden, decoder)
-        call = LayerCall(hidden, rest, None if mask is None else mask.bool(), hidden.new_empty(0))
         here = examples_in(batch)
-        held = _held_out(hidden[..., 0], here, examples)
-        call.held = call.real_rows(held[..., None]).squeeze(1)
-        calls.append(call)
+        held = _held_out(hidden[..., 0].flatten(), here, examples)
+        if (mask := padding_mask(inputs, hidden, decoder)) is not None:
+            mask = mask.bool()
+            held = held[mask.flatten()]
+        calls.append(LayerCall(hidden, rest, mask, held))
         examples += here
     return calls
 
 
 def _held_out(positions: torch.Tensor, examples: int, before: int) -> torch.Tensor:
     """Which of a batch's positions belong to every fifth example, counted over all batches."""
-    numbers = torch.arange(positions.numel(), device=positions.device)
-    example = before + numbers * examples // positions.numel()
-    return (example % HELD_OUT == HELD_OUT - 1).view_as(positions)
+    numbers = torch.arange(len(positions), device=positions.device)
+    example = before + numbers * examples // len(positions)
+    return example % HELD_OUT == HELD_OUT - 1
 
 
 def advance(model: PreTrainedModel, layers: str, calls: Sequence[LayerCall], index: int) -> None:

@@ -83,9 +83,9 @@ def best_fit(fit: Moments, held: Moments, current: torch.Tensor, units: int, bia
         units: how many, of equally many consecutive columns each.
         bias: whether there is one to fit.
     """
-    ridges: list[Fit] = [partial(ridge, current=current, size=r, bias=bias) for r in RIDGES]
     if not held.count:
         return partial(ridge, current=current, size=UNJUDGED, bias=bias)
+    ridges: list[Fit] = [partial(ridge, current=current, size=r, bias=bias) for r in RIDGES]
     by_unit: Fit = partial(scaled, current=current, units=units)
     as_it_is: Fit = partial(_unchanged, current=current)
     candidates = [as_it_is, *ridges, by_unit]
@@ -102,9 +102,9 @@ def ridge(moments: Moments, current: torch.Tensor, size: float, bias: bool) -> t
     cross = moments.cross[:used].clone()
     cross[:columns] += pull * current[:columns]
     if bias:  # free, but for what makes it one solution
-        pull = 1e-9 * gram[-1, -1].clamp(min=1.0)
-        gram[-1, -1] += pull
-        cross[-1] += pull * current[-1]
+        slight = 1e-9 * gram[-1, -1].clamp(min=1.0)
+        gram[-1, -1] += slight
+        cross[-1] += slight * current[-1]
     solution = torch.cholesky_solve(cross, torch.linalg.cholesky(gram))
     return solution if bias else torch.cat([solution, current[used:]])
 
