@@ -14,8 +14,8 @@ outlet, as in Gemma 3, the first token's output is tiny and its gradient huge, a
 token would decide which directions count.
 
 The second moment of a wide outlet's inputs is what costs: columns^2 multiplications a token, twice
-the layer's own. So it is taken from as many tokens as that many columns need, drawn by their weight
-(importance sampling), and not from all.
+the layer's own. So both moments are taken from as many tokens as that many columns need, drawn by
+their weight (importance sampling), and not from all.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ TOKENS_PER_COLUMN = 4
 
 _STEPS = 50
 """Units go in so many steps; those of one step in the order of their errors before it."""
+
+_TURNS_HELD = 5
+"""After so many steps the columns of the units that went are cut out, which costs a copy."""
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -109,11 +112,14 @@ class MomentSums:
         real = torch.ones_like(weight) if mask is None else mask.to(weight)
         mean = weight.sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp(min=1)
         weight = ((weight + mean * real) / 2).where(size.squeeze(-1) > 0, 0.0).flatten()
-        drawn, weight = drawn_tokens(weight, self._tokens_wanted(inputs.shape[-1], len(weight)))
-        x = inputs.flatten(0, 1)[drawn].to(weight)
+        wanted = self._tokens_wanted(inputs.shape[-1], len(weight))
+        drawn, share = drawn_tokens(weight, wanted)
+        x = inputs.flatten(0, 1)[drawn].to(share)
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-        x = x * (weight.sqrt() / size.flatten()[drawn].clamp(min=_TINY))[:, None]
-        g = g.flatten(0, 1)
+        x = x * (share.sqrt() / size.flatten()[drawn].clamp(min=_TINY))[:, None]
+        # Drawn by its weight, a token stands for so many that are like it.
+        times = share / weight[drawn].clamp(min=_TINY)
+        g = g.flatten(0, 1)[drawn] * times.sqrt()[:, None]
         moments = self._of(group, inputs.shape[-1], g.shape[-1], g.device)
         moments.inputs.addmm_(x.T, x)
         moments.gradients.addmm_(g.T, g)
@@ -168,23 +174,31 @@ def removal_errors(joint: Joint) -> torch.Tensor:
     Returns:
         (units,) float64, a sum over calibration tokens; ascending in the order of removal.
     """
+    try:
+        return _removal_errors(joint, joint.moments.inputs.dtype)
+    except torch.linalg.LinAlgError:  # columns of sizes too unlike for float32
+        return _removal_errors(joint, torch.float64)
+
+
+def _removal_errors(joint: Joint, dtype: torch.dtype) -> torch.Tensor:
     moments, units = joint.moments, joint.units
-    weight = joint.weight.to(moments.inputs.device, torch.float64)
-    importance = weight.new_zeros(units)
-    gradients = moments.gradients.double()
+    weight = joint.weight.to(moments.inputs.device, dtype)
+    gradients = moments.gradients.to(dtype)
     trace = gradients.trace()
+    importance = weight.new_zeros(units, dtype=torch.float64)
     if not units or not trace:
         return importance
-    inverse = _damped_inverse(moments.inputs.double(), joint.bias)
+    inverse = _damped_inverse(moments.inputs.to(dtype), joint.bias)
     seen, directions = torch.linalg.eigh(gradients / trace)
     rows = weight @ (directions * seen.clamp(min=0).sqrt())
-    width = len(weight) // units
-    columns = torch.arange(len(weight), device=weight.device).unflatten(0, (units, width))
+    width, step = len(weight) // units, max(1, units // _STEPS)
+    numbers = torch.arange(units, device=weight.device)  # of the units whose columns are held
     left = torch.ones(units, dtype=torch.bool, device=weight.device)
     most = weight.new_zeros(())
-    for first in range(0, units, step := max(1, units // _STEPS)):
-        own = inverse[columns[:, :, None], columns[:, None, :]]  # (units, width, width)
-        errors = _quadratic(rows.unflatten(0, (units, width)), own).where(left, torch.inf)
+    for turn, first in enumerate(range(0, units, step), 1):
+        columns = torch.arange(len(rows), device=weight.device).unflatten(0, (-1, width))
+        own = inverse[columns[:, :, None], columns[:, None, :]]  # (units held, width, width)
+        errors = _quadratic(rows.unflatten(0, (-1, width)), own).where(left, torch.inf)
         going = errors.argsort(stable=True)[: min(step, units - first)]
         gone = columns[going].flatten()
         # A Cholesky factor takes the units of a step one after another.
@@ -192,13 +206,18 @@ def removal_errors(joint: Joint) -> torch.Tensor:
         added = torch.linalg.solve_triangular(factor, rows[gone], upper=False)
         steps = added.square().sum(dim=1).unflatten(0, (-1, width)).sum(dim=1)
         steps = torch.maximum(steps.cummax(dim=0).values, most)
-        importance[going], most, left[going] = steps, steps[-1], False
-        shares = torch.cholesky_solve(inverse[gone], factor)
-        rows.addmm_(shares.T, rows[gone], alpha=-1)
-        inverse.addmm_(inverse[:, gone], shares, alpha=-1)
-        # What is gone has no part in what follows; in place, which is faster than to cut it out.
-        rows[gone], inverse[gone], inverse[:, gone] = 0.0, 0.0, 0.0
-        inverse[gone, gone] = 1.0
+        importance[numbers[going]], most, left[going] = steps.double(), steps[-1], False
+        shares = torch.linalg.solve_triangular(factor, inverse[gone], upper=False)
+        rows.addmm_(shares.T, added, alpha=-1)
+        inverse.addmm_(shares.T, shares, alpha=-1)
+        if turn % _TURNS_HELD:
+            # What is gone has no part in what follows.
+            rows[gone], inverse[gone], inverse[:, gone] = 0.0, 0.0, 0.0
+            inverse[gone, gone] = 1.0
+        else:
+            held = columns[left].flatten()
+            rows, inverse = rows[held], inverse[held][:, held]
+            numbers, left = numbers[left], left[left]
     return importance
 
 
