@@ -266,17 +266,30 @@ def recomputing(model: PreTrainedModel) -> Iterator[None]:
     with ExitStack() as stack:
         for row in row_of(model.config.model_type).stacks:
             for layer in model.base_model.get_submodule(row.layers).children():
-                before = vars(layer).get("forward")  # accelerate's, on a model that it dispatched
-                stack.callback(_restore, layer, "forward", before)
                 # To its end: a layer that stops early would keep the last weights it was brought.
-                layer.forward = functools.partial(
+                again = functools.partial(
                     checkpoint,
                     layer.forward,
                     use_reentrant=False,
                     preserve_rng_state=False,
                     early_stop=False,
                 )
+                stack.enter_context(replaced_forward(layer, again))
         yield
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward in a module's place while the context is open; its hooks still run."""
+    before = vars(module).get("forward")  # accelerate's, on a model that it dispatched
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 @contextmanager
@@ -293,11 +306,3 @@ def uncached(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for config in caching:
             config.use_cache = True
-
-
-def _restore(module: nn.Module, name: str, value: object) -> None:
-    """Give an instance its own attribute back, or none."""
-    if value is None:
-        delattr(module, name)
-    else:
-        setattr(module, name, value)

@@ -199,8 +199,8 @@ def _targets(
                 stack.enter_context(watch(dense, group, junction, call))
                 for group, junction in zip(groups, junctions, strict=True)
             ]
-            hidden = call.run(layer, index)
-        call.hidden = hidden
+            output = call.run(layer, index)
+        call.go_on(output, index)
         for target, junction, (seen,) in zip(targets, junctions, watched, strict=True):
             target.sums.append(seen.sum)
             if junction.scaling is not None:

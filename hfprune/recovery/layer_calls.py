@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hfprune.importance.gates import replaced_forward
 from hfprune.importance.losses import Batch, examples_in, padding_mask
 
 HELD_OUT = 5
 """One example in so many is held out to judge fits."""
+
+
+Arguments = list[tuple[tuple[object, ...], dict[str, object]]]
+"""Per layer, those after the hidden state, and those by name."""
 
 
 @dataclass
@@ -22,12 +29,15 @@ class LayerCall:
     Attributes:
         hidden: the hidden state that goes into the next layer.
         rest: per layer, its arguments after the hidden state, and those by name.
+        added: per layer, what the model adds to the hidden state before it: features of an image in
+            the first layers of Qwen3-VL. None where that is nothing.
         mask: (batch, tokens), which positions are not padding; None for all.
         held: (positions,) of those that are not padding, which belong to held-out examples.
     """
 
     hidden: torch.Tensor
-    rest: list[tuple[tuple[object, ...], dict[str, object]]]
+    rest: Arguments
+    added: list[torch.Tensor | None]
     mask: torch.Tensor | None
     held: torch.Tensor
 
@@ -36,6 +46,11 @@ class LayerCall:
         args, kwargs = self.rest[index]
         output = layer(self.hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def go_on(self, output: torch.Tensor, index: int) -> None:
+        """From what the index-th layer gave to what goes into the next."""
+        added = self.added[index + 1] if index + 1 < len(self.added) else None
+        self.hidden = output if added is None else output + added
 
     def real_rows(self, states: torch.Tensor) -> torch.Tensor:
         """(positions, features), without padding."""
@@ -50,7 +65,7 @@ class Reached(Exception):
 def layer_calls(
     model: PreTrainedModel, layers: str, batches: Sequence[Batch], decoder: bool
 ) -> list[LayerCall]:
-    """Run the model up to its last layer in every batch and keep how each of its layers is called.
+    """How each layer of a stack is called in every batch, before any of them has run.
 
     Args:
         model: dense or pruned.
@@ -59,44 +74,96 @@ def layer_calls(
         decoder: whether they are the decoder of an encoder-decoder.
     """
     modules = list(model.base_model.get_submodule(layers).children())
-
-    def stop(module: nn.Module, args: object, output: object) -> None:
-        raise Reached
-
+    idle = _may_idle(model, modules, batches[0])
     calls: list[LayerCall] = []
     examples = 0
     for batch in batches:
-        seen: list[tuple[tuple[object, ...], dict[str, object]]] = []
-
-        def see(
-            module: nn.Module,
-            args: tuple[object, ...],
-            kwargs: dict[str, object],
-            seen: list = seen,
-        ) -> None:
-            seen.append((args, kwargs))
-
-        hooks = [m.register_forward_pre_hook(see, with_kwargs=True) for m in modules]
-        hooks.append(modules[-1].register_forward_hook(stop))
-        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        try:
-            model(**inputs, **({"use_cache": False} if model.can_generate() else {}))
-        except Reached:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
-        rest = [(args[1:], kwargs) for args, kwargs in seen]
-        hidden = seen[0][0][0]
-        assert isinstance(hidden, torch.Tensor)
+        passed = _pass(model, modules, batch, idle)
+        hidden = passed.entered[0]
         here = examples_in(batch)
         held = _held_out(hidden[..., 0].flatten(), here, examples)
-        if (mask := padding_mask(inputs, hidden, decoder)) is not None:
-            mask = mask.bool()
+        if (mask := padding_mask(batch, hidden, decoder)) is not None:
+            mask = mask.to(hidden.device).bool()
             held = held[mask.flatten()]
-        calls.append(LayerCall(hidden, rest, mask, held))
+        calls.append(LayerCall(hidden, passed.rest, passed.added, mask, held))
         examples += here
     return calls
+
+
+def _may_idle(model: PreTrainedModel, modules: Sequence[nn.Module], batch: Batch) -> bool:
+    """Whether the layers hand on nothing but hidden states, and what else they are called with does
+    not depend on these: then nothing needs to be computed to learn it. So it is in most families.
+    """
+    really = _pass(model, modules, batch)
+    if not all(isinstance(output, torch.Tensor) for output in really.left):
+        return False
+    idle = _pass(model, modules, batch, idle=True)
+    return _alike(really.rest, idle.rest) and _alike(really.added, idle.added)
+
+
+@dataclass
+class _Pass:
+    """What is seen of the layers in one batch.
+
+    Attributes:
+        entered: the hidden state that goes into each layer.
+        rest: per layer, its other arguments.
+        left: what each layer gives, but for the last, which does not run.
+    """
+
+    entered: list[torch.Tensor] = field(default_factory=list)
+    rest: Arguments = field(default_factory=list)
+    left: list[torch.Tensor | tuple[torch.Tensor, ...]] = field(default_factory=list)
+
+    @property
+    def added(self) -> list[torch.Tensor | None]:
+        """See `LayerCall`."""
+        found: list[torch.Tensor | None] = [None]
+        for output, entered in zip(self.left, self.entered[1:], strict=True):
+            before = output[0] if isinstance(output, tuple) else output
+            found.append(None if torch.equal(before, entered) else entered - before)
+        return found
+
+
+def _pass(
+    model: PreTrainedModel, modules: Sequence[nn.Module], batch: Batch, idle: bool = False
+) -> _Pass:
+    """Run the model up to its last layer; idle, layers hand on what they are given."""
+    seen = _Pass()
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, object]) -> None:
+        seen.entered.append(args[0])
+        seen.rest.append((args[1:], kwargs))
+        if module is modules[-1]:
+            raise Reached
+
+    def leave(module: nn.Module, args: object, output: torch.Tensor) -> None:
+        seen.left.append(output)
+
+    def hand_on(hidden: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return hidden
+
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(leave).remove)
+            if idle:
+                stack.enter_context(replaced_forward(module, hand_on))
+        with suppress(Reached):
+            model(**inputs, **({"use_cache": False} if model.can_generate() else {}))
+    return seen
+
+
+def _alike(one: object, other: object) -> bool:
+    """Whether two nests of arguments have the same tensors and the same or equal other things."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_alike(one[k], other[k]) for k in one)
+    return one is other or (isinstance(one, (bool, int, float, str)) and one == other)
 
 
 def _held_out(positions: torch.Tensor, examples: int, before: int) -> torch.Tensor:
@@ -107,7 +174,7 @@ def _held_out(positions: torch.Tensor, examples: int, before: int) -> torch.Tens
 
 
 def advance(model: PreTrainedModel, layers: str, calls: Sequence[LayerCall], index: int) -> None:
-    """Take the hidden states through one layer."""
+    """Take the hidden states through one layer, to the next."""
     layer = model.base_model.get_submodule(f"{layers}.{index}")
     for call in calls:
-        call.hidden = call.run(layer, index)
+        call.go_on(call.run(layer, index), index)
