@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hfprune.errors import HfpruneError
     from hfprune.importance.criteria import criterion
-    from hfprune.importance.scoring import Scores, score
+    from hfprune.importance.scores import Scores
+    from hfprune.importance.scoring import score
     from hfprune.importance.sparsity import Sparsity, sparsify
     from hfprune.pipeline import run
     from hfprune.planning.budget import Budget
@@ -51,7 +52,7 @@ _HOMES = {
     "Recipe": "recipe",
     "Row": "structure.architectures",
     "Schedule": "recovery.schedule",
-    "Scores": "importance.scoring",
+    "Scores": "importance.scores",
     "Sparsity": "importance.sparsity",
     "TeacherCache": "recovery.teacher_cache",
     "as_stock": "structure.checkpoint",

@@ -87,7 +87,7 @@ def plan(
     ] = None,
 ) -> None:
     """Plan what stays under a budget, and explain it."""
-    from hfprune.importance.scoring import Scores
+    from hfprune.importance.scores import Scores
     from hfprune.planning.constraints import Constraints
     from hfprune.planning.latency import LatencyTable
     from hfprune.planning.solve import plan as plan_under

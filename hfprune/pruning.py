@@ -13,6 +13,7 @@ from hfprune.errors import HfpruneError
 from hfprune.evaluation.evaluate import Quality, evaluate_classification, evaluate_perplexity
 from hfprune.importance import gates
 from hfprune.importance.losses import Batch
+from hfprune.importance.scores import Scores
 from hfprune.importance.scoring import score
 from hfprune.planning.budget import Budget
 from hfprune.planning.constraints import Constraints
@@ -102,22 +103,22 @@ def _judge_of(model: PreTrainedModel) -> Judge:
 
 
 def remove(
-    model: PreTrainedModel, plan: PruningPlan, compensate: Sequence[Batch] | None = None
+    model: PreTrainedModel, plan: PruningPlan, compensate: Sequence[Batch] | Scores | None = None
 ) -> PreTrainedModel:
     """A smaller model without the units that the plan drops; the given model stays as it is.
 
     Args:
         model: the model that was planned for.
         plan: from `hfprune.plan`.
-        compensate: calibration batches on which the outlets are refitted by least squares; None to
-            leave the kept weights as they are.
+        compensate: what the outlets are refitted on by least squares: calibration batches, or the
+            model's scores with moments; None to leave the kept weights as they are.
 
     Returns:
         The smaller model; of a uniform plan, one of its stock class.
 
     Raises:
         HfpruneError: the plan is for another model, or a uniform one that the family's own config
-            cannot hold after all.
+            cannot hold after all; or as `compensate`.
     """
     plan.check_fits(Anatomy.of(model))
     pruned = copy_and_cut(model, plan.keep, plan.summary)

@@ -27,7 +27,8 @@ from hfprune.evaluation.evaluate import model_inputs
 from hfprune.evaluation.measure import check_length
 from hfprune.findings import Findings
 from hfprune.importance.criteria import criterion_named
-from hfprune.importance.scoring import Scores, score
+from hfprune.importance.scores import Scores
+from hfprune.importance.scoring import score
 from hfprune.planning.latency import LatencyTable, measure_latency
 from hfprune.planning.plan import PruningPlan
 from hfprune.planning.solve import Constraints, plan

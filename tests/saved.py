@@ -11,7 +11,7 @@ from test_data import tiny_tokenizer
 
 from hfprune.evaluation.evaluate import Difference, Quality
 from hfprune.evaluation.measure import Latency, Measurement
-from hfprune.importance.scoring import Scores
+from hfprune.importance.scores import Scores
 from hfprune.planning.budget import Budget
 from hfprune.planning.plan import PruningPlan
 from hfprune.publishing.figures import draw_kept

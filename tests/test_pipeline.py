@@ -23,7 +23,7 @@ from hfprune import pipeline, steps
 from hfprune.errors import DataError, HfpruneError, RecipeError
 from hfprune.evaluation import hardware
 from hfprune.evaluation.evaluate import evaluate_classification
-from hfprune.importance.scoring import Scores
+from hfprune.importance.scores import Scores
 from hfprune.pipeline import evaluation_batches
 from hfprune.planning.latency import Curve
 from hfprune.planning.plan import PruningPlan

@@ -15,7 +15,7 @@ from test_data import sentences, tiny_tokenizer
 
 import hfprune
 from hfprune.importance.criteria import CRITERIA
-from hfprune.importance.scoring import Scores
+from hfprune.importance.scores import Scores
 from hfprune.pipeline import evaluation_batches
 from hfprune.planning.budget import Budget
 from hfprune.planning.plan import PruningPlan

@@ -13,7 +13,7 @@ from launching import ROOT, environment, launch, losses, together
 from test_pipeline import at, generation
 
 import hfprune
-from hfprune.importance.scoring import Scores
+from hfprune.importance.scores import Scores
 from hfprune.planning.plan import PruningPlan
 from hfprune.processes import Processes
 from hfprune.steps import Steps

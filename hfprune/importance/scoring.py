@@ -5,24 +5,18 @@ criterion.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import ParamSpec
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hfprune.errors import DataError, HfpruneError, unknown
+from hfprune.errors import DataError, HfpruneError
 from hfprune.importance.criteria import (
     CRITERIA,
     HALVED,
@@ -51,6 +45,7 @@ from hfprune.importance.losses import (
     padding_mask,
 )
 from hfprune.importance.reconstruction import Joint, MomentSums
+from hfprune.importance.scores import Scores
 from hfprune.structure.anatomy import (
     Anatomy,
     Block,
@@ -63,76 +58,6 @@ from hfprune.structure.anatomy import (
 
 P = ParamSpec("P")
 
-_FILE = "scores.safetensors"
-_META = "scores"
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The importance of every unit by every criterion, with what it was measured on.
-
-    Attributes:
-        importance: {criterion: {group name: (units,) float64 tensor}}.
-        fingerprint: of the anatomy that was scored.
-        examples: calibration examples.
-        tokens: mean tokens per example, without padding, of each stack of layers: those of encoder
-            and decoder, of images and texts.
-        agreement: {criterion: Spearman rank correlation between the two halves of the calibration
-            examples}, for the criteria that read gradients (of `reconstruction`, that of `fisher`,
-            which reads the same ones); low means that more examples would change the plan.
-    """
-
-    importance: Mapping[str, Mapping[str, torch.Tensor]]
-    fingerprint: str
-    examples: int
-    tokens: tuple[float, ...]
-    agreement: Mapping[str, float]
-
-    def by(self, criterion: str) -> Mapping[str, torch.Tensor]:
-        """The importance by one criterion: {group name: (units,) float64}.
-
-        Raises:
-            HfpruneError: that criterion was not scored.
-        """
-        if criterion not in self.importance:
-            raise HfpruneError(unknown("criterion", criterion, self.importance))
-        return self.importance[criterion]
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write scores.safetensors into a folder, under a temporary name first."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            f"{criterion}/{group}": values.contiguous()
-            for criterion, groups in self.importance.items()
-            for group, values in groups.items()
-        }
-        meta = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[1:]}
-        # In one file, or a save that fails over older scores would mix the two.
-        save_file(tensors, path / f"{_FILE}.tmp", {_META: json.dumps(meta)})
-        os.replace(path / f"{_FILE}.tmp", path / _FILE)
-
-    @staticmethod
-    def load(folder: str | os.PathLike[str]) -> Scores:
-        """The inverse of `save`.
-
-        Raises:
-            HfpruneError: there are no scores, or none that can be read.
-        """
-        importance: dict[str, dict[str, torch.Tensor]] = {}
-        try:
-            with safe_open(Path(folder) / _FILE, "pt") as file:
-                meta = json.loads(file.metadata()[_META])
-                for key in file.keys():  # noqa: SIM118 (the file is no mapping)
-                    criterion, group = key.split("/", 1)
-                    importance.setdefault(criterion, {})[group] = file.get_tensor(key)
-            return Scores(importance, **{**meta, "tokens": tuple(meta["tokens"])})
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-            raise HfpruneError(
-                f"{folder} holds no scores that this hfprune can read ({error}); score the model"
-                " again."
-            ) from error
-
 
 def score(
     model: PreTrainedModel,
@@ -141,6 +66,7 @@ def score(
     loss: str | Loss = "labels",
     seed: int = 0,
     checkpointing: bool = False,
+    moments: bool = False,
 ) -> Scores:
     """Score every head, neuron and routed expert of a model from one pass over labelled batches.
 
@@ -160,6 +86,8 @@ def score(
         seed: of the criterion `random` and of the losses that draw.
         checkpointing: keep only what goes into each layer and compute the layer again in the
             backward pass: a third more time, for long sequences and models that hardly fit.
+        moments: keep the second moments of each outlet's inputs, which `reconstruction` reads, in
+            the scores: `compensate` then needs no data, and no other pass over them.
 
     Raises:
         HfpruneError: an unknown criterion or loss, or a criterion that does not give a finite
@@ -173,7 +101,7 @@ def score(
     chosen = loss_named(loss, seed) if isinstance(loss, str) else loss
     anatomy = Anatomy.of(model)
     total = len(batches) if isinstance(batches, Sized) else None
-    joint = None if JOINT.isdisjoint(wanted) else MomentSums(model, total)
+    joint = MomentSums(model, total) if moments or not JOINT.isdisjoint(wanted) else None
     gathering = Gathering(model, anatomy, joint)
     # The graph would hold every weight that was brought; computed again, a layer brings its own.
     offloaded = any(map(is_offloaded, model.modules()))
@@ -193,20 +121,21 @@ def score(
     gathering.reduce(device)
     if not gathering.examples:
         raise DataError("There are no calibration batches; give at least one.")
-    parts = gathering.parts
-    evidence = [gathering.evidence(model, part, seed + i) for i, part in enumerate(parts)]
-    importance = {
-        name: {
-            part.name: _by_unit(name, function, part, whole)
-            for part, (whole, _) in zip(parts, evidence, strict=True)
-        }
-        for name, function in wanted.items()
-    }
+    importance: dict[str, dict[str, torch.Tensor]] = {name: {} for name in wanted}
+    halves: list[tuple[Evidence, Evidence]] = []
+    kept: dict[str, torch.Tensor] = {}
+    for i, part in enumerate(tqdm(gathering.parts, "ranking", delay=2, leave=False)):
+        whole, pair = gathering.evidence(model, part, seed + i)
+        halves.append(pair)
+        for name, function in wanted.items():
+            importance[name][part.name] = _by_unit(name, function, part, whole)
+        if joint and (own := joint.moments.pop(part.name, None)) and moments:
+            kept[part.name] = own.inputs.cpu()
     agreement: dict[str, float] = {}
     for name, function in HALVED.items():
         if name in wanted and gathering.examples > 1:
-            halves = [torch.cat([function(pair[half]) for _, pair in evidence]) for half in (0, 1)]
-            agreement[name] = rank_correlation(*halves)
+            both = [torch.cat([function(pair[half]) for pair in halves]) for half in (0, 1)]
+            agreement[name] = rank_correlation(*both)
     warn_if_unsettled(agreement, gathering.examples)
     return Scores(
         importance,
@@ -214,6 +143,7 @@ def score(
         gathering.examples,
         tuple(count / gathering.examples for count in gathering.tokens),
         agreement,
+        kept,
     )
 
 
@@ -410,6 +340,7 @@ class Gathering:
         one, other = (
             dataclasses.replace(
                 whole,
+                joint=None,
                 absolute=absolute[half],
                 squared=squared[half],
                 examples=max(1, (self.examples + 1 - half) // 2),

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hfprune.errors import BudgetError, HfpruneError
-from hfprune.importance.scoring import Scores
+from hfprune.importance.scores import Scores
 from hfprune.planning.budget import Budget
 from hfprune.planning.constraints import Constraints
 from hfprune.planning.knapsack import Choice, Ints, choose

@@ -19,7 +19,7 @@ from typing import Literal, get_args
 import yaml
 
 from hfprune.errors import PublishError, unknown
-from hfprune.importance.scoring import Scores
+from hfprune.importance.scores import Scores
 from hfprune.planning.budget import Budget
 from hfprune.planning.plan import PruningPlan
 from hfprune.publishing.client import MAIN, Client, told

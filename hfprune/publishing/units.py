@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from hfprune.importance.scoring import Scores
+    from hfprune.importance.scores import Scores
     from hfprune.planning.plan import PruningPlan
     from hfprune.structure.anatomy import Block, Group
 

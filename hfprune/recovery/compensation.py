@@ -9,6 +9,9 @@ et al. 2017, arXiv:1707.06168). The target is the dense model's residual stream 
 not the outlet's own output: so each outlet also takes back the error that earlier layers left in
 the stream, through a norm that lies between, too.
 
+Scores that hold the second moments of the dense outlets' inputs do without any data: each outlet is
+refitted by itself to its own dense output, which is what `reconstruction` ranks units by.
+
 Fits are judged on held-out examples. They choose the ridge, which pulls to the weights as they are,
 or one scale for each unit (Kwon et al. 2022, arXiv:2204.09656), or leave an outlet alone where no
 fit is better there than what it has.
@@ -30,9 +33,10 @@ from transformers import PreTrainedModel
 from hfprune.errors import DataError, HfpruneError
 from hfprune.importance.gates import evaluating, outlet_of
 from hfprune.importance.losses import Batch, examples_in, is_decoder
+from hfprune.importance.scores import Scores
 from hfprune.recovery.junctions import Junction, junction_of, watch
 from hfprune.recovery.layer_calls import HELD_OUT, LayerCall, Reached, advance, layer_calls
-from hfprune.recovery.least_squares import Moments, best_fit
+from hfprune.recovery.least_squares import UNJUDGED, Moments, best_fit, ridge
 from hfprune.structure.anatomy import Anatomy, Block, Group, axis_of, layer_of
 from hfprune.structure.architectures import row_of
 from hfprune.structure.cost import Selection
@@ -71,23 +75,27 @@ class _Target:
 def compensate(
     dense: PreTrainedModel,
     pruned: PreTrainedModel,
-    batches: Sequence[Batch],
+    calibration: Sequence[Batch] | Scores,
     kept: Selection | None = None,
 ) -> PreTrainedModel:
-    """Refit every outlet of a pruned model, in place, to the dense model's residual stream.
+    """Refit every outlet of a pruned model, in place, to the dense model's residual stream; or, by
+    scores, to its own output in the dense model.
 
     If it raises, the pruned model is as it was before.
 
     Memory: the hidden states of all batches twice and what else their layers are called with, the
     residual sums of one layer, a copy of the outlets, and six (columns x columns) matrices in
-    float64 for the widest of them. Time: about five forward passes over the layers.
+    float64 for the widest of them. Time: about three forward passes over the layers, in families
+    whose layers hand on more than hidden states five. By scores: no pass, and four matrices.
 
     Args:
         dense: the model before removal.
         pruned: the model after removal.
-        batches: calibration batches; labels are not read.
-        kept: what stayed, `PruningPlan.keep`; needed where whole layers went. The layer before them
-            takes over their work: its last outlet is refitted to the sum that they leave.
+        calibration: batches, whose labels are not read; or the scores of the dense model with
+            moments (`score(..., moments=True)`).
+        kept: what stayed, `PruningPlan.keep`; needed by scores, and where whole layers went. On
+            batches the layer before them takes over their work: its last outlet is refitted to the
+            sum that they leave.
 
     Returns:
         The pruned model.
@@ -95,8 +103,54 @@ def compensate(
     Raises:
         DataError: there are no batches, or an outlet's inputs or target are not finite in one (it
             names both).
-        HfpruneError: layers went, and `kept` does not say which.
+        HfpruneError: layers went, or units are refitted by scores, and `kept` does not say which;
+            scores of another model, or without moments.
     """
+    if isinstance(calibration, Scores):
+        return _by_moments(dense, pruned, calibration, kept or {})
+    return _on_batches(dense, pruned, calibration, kept or {})
+
+
+def _by_moments(
+    dense: PreTrainedModel, pruned: PreTrainedModel, scores: Scores, kept: Selection
+) -> PreTrainedModel:
+    """Refit each outlet by itself to what it gave in the dense model."""
+    anatomy, before = Anatomy.of(pruned), Anatomy.of(dense)
+    if scores.fingerprint != before.fingerprint:
+        raise HfpruneError("These scores are not of the dense model; score it.")
+    if not scores.moments:
+        raise HfpruneError(
+            "These scores hold no moments to compensate by: score(..., moments=True), or give"
+            " calibration batches."
+        )
+    twins = _twins(anatomy, before, _layers_of(anatomy, before, kept))
+    for group in anatomy:
+        twin = twins[group.name]
+        if len(kept.get(twin.name, range(twin.units))) != group.units:
+            raise HfpruneError(
+                f"{twin.name} keeps {group.units} of its {twin.units} {twin.kind}s; say which of"
+                " them, compensate(..., kept=plan.keep)."
+            )
+    outlets = [outlet_of(pruned, group) for group in anatomy]
+    with torch.no_grad(), _all_or_nothing(outlets):
+        for group, outlet in zip(anatomy, outlets, strict=True):
+            twin = twins[group.name]
+            if group.units == twin.units:
+                continue
+            columns = torch.arange(twin.units * twin.columns + 1, device=pruned.device)
+            units = columns[:-1].unflatten(0, (twin.units, twin.columns))
+            stay = torch.cat([units[sorted(kept[twin.name])].flatten(), columns[-1:]])
+            inputs = scores.moments[twin.name].to(pruned.device, torch.float64)[stay]
+            wanted = Moments(inputs[:, stay], inputs @ _as_rows(outlet_of(dense, twin)))
+            bias = getattr(outlet, "bias", None) is not None
+            _write(outlet, ridge(wanted, _as_rows(outlet), UNJUDGED, bias))
+    return pruned
+
+
+def _on_batches(
+    dense: PreTrainedModel, pruned: PreTrainedModel, batches: Sequence[Batch], kept: Selection
+) -> PreTrainedModel:
+    """Refit outlet after outlet on what the layers before it really give."""
     if not len(batches):
         raise DataError("There are no calibration batches to compensate on; give at least one.")
     if sum(map(examples_in, batches)) < HELD_OUT:
@@ -104,11 +158,9 @@ def compensate(
             "Fits are judged on every %dth example, and there are fewer: give more.", HELD_OUT
         )
     anatomy, before = Anatomy.of(pruned), Anatomy.of(dense)
-    layers = [_layers(before.stacks[stack.stack], stack, kept or {}) for stack in anatomy.stacks]
+    layers = _layers_of(anatomy, before, kept)
+    twins = _twins(anatomy, before, layers)
     dense_groups = {(g.stack, g.layer, g.kind, g.part): g for g in before}
-    twins = {
-        g.name: dense_groups[g.stack, layers[g.stack][g.layer][0], g.kind, g.part] for g in anatomy
-    }
     experts = {(b.stack, b.layer): b.units for b in before.experts}
     fewer_experts = {
         (b.stack, b.layer)
@@ -159,8 +211,21 @@ def compensate(
     return pruned
 
 
+Layers = list[list[tuple[int, int]]]
+"""For each layer of each pruned stack: which dense layer it is, and the last it stands for."""
+
+
+def _layers_of(pruned: Anatomy, dense: Anatomy, kept: Selection) -> Layers:
+    return [_layers(dense.stacks[stack.stack], stack, kept) for stack in pruned.stacks]
+
+
+def _twins(pruned: Anatomy, dense: Anatomy, layers: Layers) -> dict[str, Group]:
+    """The dense group that each pruned one is left of."""
+    groups = {(g.stack, g.layer, g.kind, g.part): g for g in dense}
+    return {g.name: groups[g.stack, layers[g.stack][g.layer][0], g.kind, g.part] for g in pruned}
+
+
 def _layers(dense: Block, pruned: Block, kept: Selection) -> list[tuple[int, int]]:
-    """For each layer of a pruned stack: which dense layer it is, and the last it stands for."""
     stayed = sorted(kept.get(dense.name, range(dense.units)))
     if len(stayed) != pruned.units:
         raise HfpruneError(

@@ -29,7 +29,8 @@ from transformers import (
 from hfprune.errors import BudgetError, DataError, HfpruneError
 from hfprune.importance.criteria import JOINT, criterion_named
 from hfprune.importance.gates import gate_gradients, gated, outlet_of
-from hfprune.importance.scoring import Gathering, Scores
+from hfprune.importance.scores import Scores
+from hfprune.importance.scoring import Gathering
 from hfprune.planning.budget import Budget
 from hfprune.planning.constraints import Constraints
 from hfprune.planning.plan import PruningPlan

@@ -12,7 +12,8 @@ import hfprune
 from hfprune.errors import DataError, HfpruneError
 from hfprune.importance.criteria import CRITERIA, Evidence, criterion
 from hfprune.importance.gates import outlet_of
-from hfprune.importance.scoring import Scores, rank_correlation, score
+from hfprune.importance.scores import Scores
+from hfprune.importance.scoring import rank_correlation, score
 from hfprune.structure.anatomy import Anatomy
 
 
@@ -36,6 +37,9 @@ def assert_same(one: Scores, other: Scores, **tolerance):
             torch.testing.assert_close(values, other.by(name)[group], **tolerance)
     assert (one.examples, one.fingerprint) == (other.examples, other.fingerprint)
     assert one.tokens == pytest.approx(other.tokens)
+    assert one.moments.keys() == other.moments.keys()
+    for group, values in one.moments.items():
+        torch.testing.assert_close(values, other.moments[group], **tolerance)
 
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}

@@ -15,7 +15,8 @@ from test_scoring import assert_same, rows
 from transformers import LlamaForCausalLM
 
 from hfprune.errors import UnsupportedModelError
-from hfprune.importance.scoring import Gathering, Scores, rank_correlation, score
+from hfprune.importance.scores import Scores
+from hfprune.importance.scoring import Gathering, rank_correlation, score
 from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.checkpoint import from_pretrained
 from hfprune.structure.surgery import copy_and_cut
@@ -37,7 +38,7 @@ if sharded:
         fully_shard(layer)
     fully_shard(model)
 batches = torch.load(f"{folder}/batches.pt")
-score(model, batches, loss="labels").save(f"{folder}/labels{rank}")
+score(model, batches, loss="labels", moments=True).save(f"{folder}/labels{rank}")
 score(model, batches, loss="sampled", checkpointing=sharded).save(f"{folder}/sampled{rank}")
 first = lambda model, batch: model(**batch, output_hidden_states=True).hidden_states[1].sum()
 try:
@@ -58,7 +59,7 @@ def uneven(tmp_path):
     batches = [rows(batch, at) for at in ([0], [1, 2], [3, 4], [2])]
     torch.save(batches, tmp_path / "batches.pt")
     model = from_pretrained(tmp_path)
-    return {loss: score(model, batches, loss=loss) for loss in ("labels", "sampled")}
+    return {n: score(model, batches, loss=n, moments=n == "labels") for n in ("labels", "sampled")}
 
 
 def check(folder, alone, world):

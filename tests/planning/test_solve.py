@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from hfprune.errors import BudgetError, HfpruneError
-from hfprune.importance.scoring import Scores
+from hfprune.importance.scores import Scores
 from hfprune.planning import knapsack
 from hfprune.planning.budget import Budget, Limit
 from hfprune.planning.constraints import Constraints

@@ -5,7 +5,7 @@ import torch
 
 from hfprune.evaluation.evaluate import Difference, Quality
 from hfprune.evaluation.measure import Latency, Measurement
-from hfprune.importance.scoring import Scores
+from hfprune.importance.scores import Scores
 from hfprune.planning.budget import Budget
 from hfprune.planning.plan import PruningPlan
 from hfprune.publishing.report import CurvePoint, Report, Variant
