@@ -132,16 +132,23 @@ def remove(
     model: Model,
     plan: Annotated[Path, typer.Argument(help="A plan that `hfprune plan` wrote.")],
     output: Annotated[Path, typer.Argument(help="Folder for the smaller model.")],
+    scores: Annotated[
+        Path | None,
+        typer.Option(help="Folder of scores with moments: refit what stays by them."),
+    ] = None,
 ) -> None:
-    """Remove what a plan drops, without compensation, and save the smaller model, verified."""
+    """Remove what a plan drops and save the smaller model, verified."""
     from hfprune.errors import HfpruneError
+    from hfprune.importance.scores import Scores
     from hfprune.planning.plan import PruningPlan
     from hfprune.pruning import remove as remove_units
     from hfprune.structure.checkpoint import from_pretrained
 
     if output.exists():
         raise HfpruneError(f"{output} exists; choose a folder that does not.")
-    remove_units(from_pretrained(model), PruningPlan.load(plan)).save_pretrained(output)
+    kept = PruningPlan.load(plan)
+    by = None if scores is None else Scores.load(scores)
+    remove_units(from_pretrained(model), kept, compensate=by).save_pretrained(output)
     typer.echo(f"The smaller model is in {output}; it was reloaded and compared.")
 
 

@@ -104,6 +104,9 @@ class Score:
             nothing, always are.
         checkpointing: keep only what goes into each layer and compute it again in the backward
             pass: a third more time, and much less memory.
+        moments: keep the second moments of the outlets' inputs with the scores, so that any plan's
+            model can be compensated without data (`hfprune remove --scores`): (columns + 1)^2
+            float32 numbers an outlet.
     """
 
     examples: int = 1024
@@ -111,6 +114,7 @@ class Score:
     loss: Literal["labels", "logits", "sampled"] = "labels"
     criteria: tuple[str, ...] = ()
     checkpointing: bool = False
+    moments: bool = False
 
 
 @dataclass(frozen=True)

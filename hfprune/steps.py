@@ -359,6 +359,7 @@ class Steps:
             settings.loss,
             self.recipe.seed,
             settings.checkpointing,
+            settings.moments,
         )
         if self.processes.main:
             scores.save(path)

@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 import saved
 import tiny
+import torch
 import yaml
 from test_data import sentences, tiny_tokenizer, write
 from transformers import FNetConfig, FNetModel
 
 from hfprune import cli
+from hfprune.importance.scores import Scores
 from hfprune.importance.scoring import score
 from hfprune.planning.plan import PruningPlan
+from hfprune.pruning import remove
 from hfprune.structure.checkpoint import from_pretrained
 
 COMMANDS = {
@@ -52,6 +55,7 @@ def recipe(tmp_path, model):
         "model": str(model),
         "output": str(tmp_path / "run"),
         "data": {"train": files.train, "dev": files.dev, "test": files.test},
+        "score": {"moments": True},
         "measure": {"batch_sizes": [1]},
     }
     path = tmp_path / "recipe.yaml"
@@ -120,6 +124,15 @@ def test_score_plan_and_remove(run, recipe, model, tmp_path):
     status, _, err = run("remove", model, plan, small)
     assert status == 2
     assert "exists; choose a folder that does not" in err
+    status, _, _ = run("remove", model, plan, tmp_path / "refitted", "--scores", scores)
+    assert status == 0
+    by_hand = remove(from_pretrained(model), made, compensate=Scores.load(scores))
+    refitted = from_pretrained(tmp_path / "refitted")
+    for name, parameter in by_hand.named_parameters():
+        torch.testing.assert_close(refitted.get_parameter(name), parameter, rtol=0, atol=0)
+    outlet = "bert.encoder.layer.0.output.dense.weight"
+    as_cut = from_pretrained(small).get_parameter(outlet)
+    assert not torch.equal(as_cut, refitted.get_parameter(outlet))
     shallow = tmp_path / "shallow.json"
     options = ["--layers", 2, "--protect", "encoder.layer.2.attention", "--output", shallow]
     status, out, _ = run("plan", model, scores, "macs=60%", *options)
