@@ -7,7 +7,8 @@ regression in float64, layer by layer in forward order, each on the inputs that 
 and refitted layers before it really give. The closed form is that of layer-wise reconstruction (He
 et al. 2017, arXiv:1707.06168). The target is the dense model's residual stream after the outlet,
 not the outlet's own output: so each outlet also takes back the error that earlier layers left in
-the stream, through a norm that lies between, too.
+the stream, through a norm that lies between, too. Tokens on which a classifier's answer depends
+count more (see token_weights.py).
 
 Scores that hold the second moments of the dense outlets' inputs do without any data: each outlet is
 refitted by itself to its own dense output, which is what `reconstruction` ranks units by.
@@ -34,10 +35,13 @@ from hfprune.errors import DataError, HfpruneError
 from hfprune.importance.gates import evaluating, outlet_of
 from hfprune.importance.losses import Batch, examples_in, is_decoder
 from hfprune.importance.scores import Scores
+from hfprune.recovery.inlets import Read, inlets_of, reading, refit_inlets
 from hfprune.recovery.junctions import Junction, junction_of, watch
 from hfprune.recovery.layer_calls import HELD_OUT, LayerCall, Reached, advance, layer_calls
 from hfprune.recovery.least_squares import UNJUDGED, Moments, best_fit, ridge
-from hfprune.structure.anatomy import Anatomy, Block, Group, axis_of, layer_of
+from hfprune.recovery.rows import as_rows, has_bias, write_rows
+from hfprune.recovery.token_weights import token_weights
+from hfprune.structure.anatomy import Anatomy, Block, Group, layer_of
 from hfprune.structure.architectures import row_of
 from hfprune.structure.cost import Selection
 
@@ -58,8 +62,10 @@ class _Target:
         outputs: of the dense outlet, less `unscaled` times what joined the stream.
         unscaled: what one unit of the stream's error is at the outlet's output; empty where its
             output joins the stream as it is.
+        read: by the dense inlets.
     """
 
+    read: list[Read] = field(default_factory=list)
     sums: list[torch.Tensor] = field(default_factory=list)
     outputs: list[torch.Tensor] = field(default_factory=list)
     unscaled: list[torch.Tensor] = field(default_factory=list)
@@ -85,8 +91,10 @@ def compensate(
 
     Memory: the hidden states of all batches twice and what else their layers are called with, the
     residual sums of one layer, a copy of the outlets, and six (columns x columns) matrices in
-    float64 for the widest of them. Time: about three forward passes over the layers, in families
-    whose layers hand on more than hidden states five. By scores: no pass, and four matrices.
+    float64 for the widest of them; of a classifier also the activations of one batch. Time: about
+    three forward passes over the layers, in families whose layers hand on more than hidden states
+    five, and for a classifier a forward and a backward pass more. By scores: no pass, and four
+    matrices.
 
     Args:
         dense: the model before removal.
@@ -141,9 +149,8 @@ def _by_moments(
             units = columns[:-1].unflatten(0, (twin.units, twin.columns))
             stay = torch.cat([units[sorted(kept[twin.name])].flatten(), columns[-1:]])
             inputs = scores.moments[twin.name].to(pruned.device, torch.float64)[stay]
-            wanted = Moments(inputs[:, stay], inputs @ _as_rows(outlet_of(dense, twin)))
-            bias = getattr(outlet, "bias", None) is not None
-            _write(outlet, ridge(wanted, _as_rows(outlet), UNJUDGED, bias))
+            wanted = Moments(inputs[:, stay], inputs @ as_rows(outlet_of(dense, twin)))
+            write_rows(outlet, ridge(wanted, as_rows(outlet), UNJUDGED, has_bias(outlet)))
     return pruned
 
 
@@ -167,8 +174,10 @@ def _on_batches(
         for b in anatomy.experts
         if b.units < experts[b.stack, layers[b.stack][b.layer][0]]
     }
+    weights = token_weights(dense, batches)
     bar = tqdm(total=len(anatomy.groups), desc="compensating", delay=2, leave=False)
-    whole = _all_or_nothing([outlet_of(pruned, group) for group in anatomy])
+    refitted = [m for g in anatomy for m in (outlet_of(pruned, g), *inlets_of(pruned, g).values())]
+    whole = _all_or_nothing(refitted)
     with torch.no_grad(), evaluating(dense), evaluating(pruned), bar, whole:
         for index, stack in enumerate(row_of(pruned.config.model_type).stacks):
             groups = [g for g in anatomy if g.stack == index]
@@ -205,7 +214,17 @@ def _on_batches(
                     # An outlet that lost nothing is refitted too, once the layers before it have
                     # changed.
                     if layer >= changed[0].layer:
-                        _refit(pruned, group, ours, layer, junction, target)
+                        twin = twins[group.name]
+                        counts = [
+                            weight.get(twin.name, torch.ones_like(call.held, dtype=torch.float32))
+                            for weight, call in zip(weights, ours, strict=True)
+                        ]
+                        units = kept.get(twin.name, range(twin.units))
+                        if group is not changed[0] and 0 < group.units == len(units):
+                            refit_inlets(
+                                dense, twin, pruned, group, ours, layer, target.read, units, counts
+                            )
+                        _refit(pruned, group, ours, layer, junction, target, counts)
                     bar.update()
                 advance(pruned, stack.layers, ours, layer)
     return pruned
@@ -264,9 +283,11 @@ def _targets(
                 stack.enter_context(watch(dense, group, junction, call))
                 for group, junction in zip(groups, junctions, strict=True)
             ]
+            read = [stack.enter_context(reading(dense, group, call)) for group in groups]
             output = call.run(layer, index)
         call.go_on(output, index)
-        for target, junction, (seen,) in zip(targets, junctions, watched, strict=True):
+        for target, junction, (seen,), own in zip(targets, junctions, watched, read, strict=True):
+            target.read += own or [{}]
             target.sums.append(seen.sum)
             if junction.scaling is not None:
                 gain = (seen.joined / seen.output).nan_to_num(0.0, 0.0, 0.0)
@@ -284,25 +305,27 @@ def _refit(
     index: int,
     junction: Junction,
     target: _Target,
+    counts: Sequence[torch.Tensor],
 ) -> None:
-    """Set an outlet's weights, and its bias if it has one, to the best fit."""
+    """Set an outlet's weights, and its bias if it has one, to the best fit; each position of a
+    batch counts as `counts` say.
+    """
     outlet = outlet_of(pruned, group)
-    current = _as_rows(outlet)
+    current = as_rows(outlet)
     fit, held = Moments.like(current), Moments.like(current)
     for batch, call in enumerate(calls):
         with watch(pruned, group, junction, call, stop=True) as found, suppress(Reached):
             call.run(layer_of(pruned, group), index)
         (seen,) = found
         wanted = target.wanted(batch, seen.sum - seen.joined)
-        fit.add(seen.input[~call.held], wanted[~call.held])
-        held.add(seen.input[call.held], wanted[call.held])
+        for moments, where in ((fit, ~call.held), (held, call.held)):
+            moments.add(seen.input[where], wanted[where], counts[batch][where])
         if not (fit.is_finite() and held.is_finite()):
             raise DataError(
                 f"{group.outlet}: its inputs, or what it should give, are not finite in calibration"
                 f" batch {batch}."
             )
-    bias = getattr(outlet, "bias", None) is not None
-    chosen = best_fit(fit, held, current, group.units, bias)
+    chosen = best_fit(fit, held, current, group.units, has_bias(outlet))
     fit.absorb(held)
     if fit.count < len(current):
         logger.warning(
@@ -313,20 +336,4 @@ def _refit(
         )
     solution = chosen(fit)
     if fit.error(solution) < fit.error(current):
-        _write(outlet, solution)
-
-
-def _as_rows(outlet: nn.Module) -> torch.Tensor:
-    """An outlet's weights as (columns + 1, outputs) float64, the last row the bias or zeros."""
-    weight: torch.Tensor = outlet.weight.detach()  # type: ignore[operator]
-    rows = (weight if axis_of(outlet, 1) == 0 else weight.T).double()
-    bias: torch.Tensor | None = getattr(outlet, "bias", None)
-    last = rows.new_zeros(rows.shape[1]) if bias is None else bias.detach().double()
-    return torch.cat([rows, last[None]])
-
-
-def _write(outlet: nn.Module, rows: torch.Tensor) -> None:
-    weight: torch.Tensor = outlet.weight  # type: ignore[assignment]
-    weight.copy_(rows[:-1] if axis_of(outlet, 1) == 0 else rows[:-1].T)
-    if getattr(outlet, "bias", None) is not None:
-        outlet.bias.copy_(rows[-1])  # type: ignore[operator]
+        write_rows(outlet, solution)

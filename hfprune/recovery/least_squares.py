@@ -20,7 +20,8 @@ UNJUDGED = 1e-1
 
 @dataclass
 class Moments:
-    """Sums over positions of products of inputs (with a one appended for the bias) and targets.
+    """Weighted sums over positions of products of inputs (with a one appended for the bias) and
+    targets.
 
     Attributes:
         inputs: (columns + 1, columns + 1) float64.
@@ -39,13 +40,14 @@ class Moments:
         """Of no position yet, for weights (columns + 1, outputs) float64."""
         return Moments(weights.new_zeros(len(weights), len(weights)), torch.zeros_like(weights))
 
-    def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """Count positions in, (positions, columns) and (positions, outputs): products in at least
-        float32.
+    def add(self, inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> None:
+        """Count positions in, (positions, columns) and (positions, outputs), each by its weight,
+        (positions,): products in at least float32.
         """
         wide = torch.promote_types(inputs.dtype, torch.float32)
-        x = torch.cat([inputs.to(wide), inputs.new_ones(len(inputs), 1, dtype=wide)], dim=1)
-        y = targets.to(wide)
+        each = weights.to(wide).sqrt()[:, None]
+        x = torch.cat([inputs.to(wide) * each, each], dim=1)
+        y = targets.to(wide) * each
         self.inputs += x.T @ x
         self.cross += x.T @ y
         self.targets += float(y.double().square().sum())

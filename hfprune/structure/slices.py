@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -206,6 +206,19 @@ def neuron_slices(layer: nn.Module, row: Ffn) -> list[Slice]:
     return [Slice(outlet, 1, _blocks(neurons, 1))] + [
         Slice(module, 0, rows) for module in present(layer, row.ups)
     ]
+
+
+def kept_rows(
+    found: Iterable[Slice], units: Sequence[int], kv: Sequence[int]
+) -> dict[tuple[nn.Module, int], torch.Tensor]:
+    """{(module, dim): indices that stay, ascending} where these units, in these KV groups, stay:
+    several slices may lie in one fused matrix.
+    """
+    rows: dict[tuple[nn.Module, int], list[torch.Tensor]] = {}
+    for piece in found:
+        kept = piece.rows[list(kv if piece.per_kv else units)].flatten()
+        rows.setdefault((piece.module, piece.dim), []).append(kept)
+    return {where: torch.cat(parts).sort().values for where, parts in rows.items()}
 
 
 def present(layer: nn.Module, paths: Iterable[str]) -> list[nn.Module]:

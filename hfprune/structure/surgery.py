@@ -17,10 +17,10 @@ from hfprune.structure.cost import Selection
 from hfprune.structure.fitness import check_whole
 from hfprune.structure.modeling_hfprune import NUMBERS, PATCH, empty_attention, help_forward, resize
 from hfprune.structure.slices import (
-    Slice,
     axis_of,
     config_of,
     ffn_of,
+    kept_rows,
     layer_of,
     moe_of,
     owned_slices,
@@ -63,7 +63,8 @@ def cut(
         keep = sorted(selection.get(group.name, range(group.units)))
         if len(keep) < group.units:
             kv = group.kv_of(keep)
-            _cut_slices(owned_slices(model, group), keep, kv)
+            for (module, dim), rows in kept_rows(owned_slices(model, group), keep, kv).items():
+                _take(module, dim, rows)
             layer, stack = layer_of(model, group), stack_of(model, group)
             if group.kind == "head":
                 _count_heads(layer, stack.attentions[group.part], group, keep, len(kv))
@@ -217,16 +218,6 @@ def _take(module: nn.Module, dim: int, index: torch.Tensor) -> None:
             kept = parameter.index_select(axis, index.to(parameter.device)).contiguous()
             setattr(module, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
     resize(module)
-
-
-def _cut_slices(found: Sequence[Slice], units: Sequence[int], kv: Sequence[int]) -> None:
-    """Cut every module once: several slices may lie in one fused matrix."""
-    rows: dict[tuple[nn.Module, int], list[torch.Tensor]] = {}
-    for piece in found:
-        kept = piece.rows[list(kv if piece.per_kv else units)].flatten()
-        rows.setdefault((piece.module, piece.dim), []).append(kept)
-    for (module, dim), parts in rows.items():
-        _take(module, dim, torch.cat(parts).sort().values)
 
 
 def _count_heads(

@@ -15,7 +15,7 @@ def random(*shape: int, seed: int) -> torch.Tensor:
 def counted(inputs: torch.Tensor, targets: torch.Tensor, parts: int = 3) -> Moments:
     made = Moments.like(torch.zeros(inputs.shape[1] + 1, targets.shape[1], dtype=torch.float64))
     for x, y in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
-        made.add(x, y)
+        made.add(x, y, torch.ones(len(x)))
     return made
 
 

@@ -1,0 +1,145 @@
+"""Inlets: the linear layers that make units out of the residual stream (query, key and value, up
+and gate projections). They are refitted to the stream that the pruned layers before them leave.
+
+An outlet gives the stream back what can be made of its own units. What is still missing can in part
+be read off the rest of the stream: so each inlet is refitted, too, by least squares to what the
+dense inlet makes of the dense stream. Inlets of one input share its moments, and the dense ones are
+linear: the second moments of both streams are all that is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hfprune.recovery.layer_calls import LayerCall, Reached
+from hfprune.recovery.least_squares import Moments, best_fit
+from hfprune.recovery.rows import as_rows, has_bias, write_rows
+from hfprune.structure.anatomy import Group
+from hfprune.structure.slices import kept_rows, layer_of, slices
+
+Read = dict[tuple[str, ...], torch.Tensor]
+"""Paths in the layer of the inlets that share an input -> it, (positions, features)."""
+
+
+def inlets_of(model: PreTrainedModel, group: Group) -> dict[str, nn.Module]:
+    """The inlets of a group, by their paths in the layer."""
+    layer = layer_of(model, group)
+    paths = {module: path for path, module in layer.named_modules()}
+    pieces = [piece for piece in slices(model, group) if piece.dim == 0 and piece.per_token]
+    return {paths[p.module]: p.module for p in pieces if p.parameter.dim() == 2}
+
+
+@contextmanager
+def reading(
+    model: PreTrainedModel, group: Group, call: LayerCall, stop: bool = False
+) -> Iterator[list[Read]]:
+    """Collect what a group's inlets read in the coming run of their layer, if it is the stream: the
+    keys of a decoder's cross-attention read another. With `stop` the run ends by `Reached` then.
+    """
+    inlets = inlets_of(model, group)
+    entered: dict[str, torch.Tensor] = {}
+    found: list[Read] = []
+
+    def finish() -> None:
+        together: dict[int, list[str]] = {}
+        for path, states in entered.items():
+            if states.shape[:-1] == call.hidden.shape[:-1]:
+                together.setdefault(id(states), []).append(path)
+        found.append({tuple(p): call.real_rows(entered[p[0]]) for p in together.values()})
+
+    def at_inlet(path: str, states: torch.Tensor) -> None:
+        entered[path] = states
+        if len(entered) == len(inlets):
+            finish()
+            if stop:
+                raise Reached
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, path=path: at_inlet(path, args[0]))
+        for path, module in inlets.items()
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def refit_inlets(
+    dense: PreTrainedModel,
+    twin: Group,
+    pruned: PreTrainedModel,
+    group: Group,
+    calls: Sequence[LayerCall],
+    index: int,
+    read: Sequence[Read],
+    units: Sequence[int],
+    counts: Sequence[torch.Tensor],
+) -> None:
+    """Set the inlets of a pruned group to the best fits.
+
+    Args:
+        dense: the dense model.
+        twin: the group in it.
+        pruned: the pruned model.
+        group: the group in it.
+        calls: of its layers.
+        index: of its layer.
+        read: what the dense inlets read in each batch.
+        units: those of the twin that stay.
+        counts: per batch, (positions,) what each counts.
+    """
+    theirs, ours = inlets_of(dense, twin), inlets_of(pruned, group)
+    rows = kept_rows(slices(dense, twin), units, twin.kv_of(units))
+    sums: dict[tuple[str, ...], tuple[Moments, Moments]] = {}
+    for batch, call in enumerate(calls):
+        with reading(pruned, group, call, stop=True) as found, suppress(Reached):
+            call.run(layer_of(pruned, group), index)
+        for paths, states in found[0].items() if found else ():
+            if (before := read[batch].get(paths)) is None:
+                continue
+            both = torch.cat([states, before], dim=1)
+            empty = both.new_zeros(both.shape[1] + 1, 0, dtype=torch.float64)
+            pair = sums.setdefault(paths, (Moments.like(empty), Moments.like(empty)))
+            for moments, where in zip(pair, (~call.held, call.held), strict=True):
+                moments.add(both[where], both[where, :0], counts[batch][where])
+    for paths, (fit, held) in sums.items():
+        whole = Moments.like(fit.cross)
+        whole.absorb(fit)
+        whole.absorb(held)
+        for path in paths:
+            wanted = as_rows(theirs[path])[:, rows[theirs[path], 0]]
+            current = as_rows(ours[path])
+            chosen = best_fit(
+                _through(fit, wanted),
+                _through(held, wanted),
+                current,
+                len(current) - 1,
+                has_bias(ours[path]),
+            )
+            moments = _through(whole, wanted)
+            solution = chosen(moments)
+            if moments.error(solution) < moments.error(current):
+                write_rows(ours[path], solution)
+
+
+def _through(both: Moments, wanted: torch.Tensor) -> Moments:
+    """From the moments of the pruned and the dense stream, side by side, those of regressing on the
+    one what weights (features + 1, outputs) make of the other.
+    """
+    features = len(wanted) - 1
+    first = torch.arange(features, device=wanted.device)
+    one = wanted.new_full((1,), 2 * features, dtype=torch.long)
+    ours, theirs = torch.cat([first, one]), torch.cat([first + features, one])
+    targets = (wanted * (both.inputs[theirs][:, theirs] @ wanted)).sum()
+    return Moments(
+        both.inputs[ours][:, ours],
+        both.inputs[ours][:, theirs] @ wanted,
+        float(targets),
+        both.count,
+    )
