@@ -23,8 +23,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -33,49 +32,18 @@ from transformers import PreTrainedModel
 
 from hfprune.errors import DataError, HfpruneError
 from hfprune.importance.gates import evaluating, outlet_of
-from hfprune.importance.losses import Batch, examples_in, is_decoder
+from hfprune.importance.losses import Batch, examples_in
 from hfprune.importance.scores import Scores
-from hfprune.recovery.inlets import Read, inlets_of, reading, refit_inlets
-from hfprune.recovery.junctions import Junction, junction_of, watch
-from hfprune.recovery.layer_calls import HELD_OUT, LayerCall, Reached, advance, layer_calls
-from hfprune.recovery.least_squares import UNJUDGED, Moments, best_fit, ridge
+from hfprune.recovery.inlets import inlets_of
+from hfprune.recovery.layer_calls import HELD_OUT
+from hfprune.recovery.least_squares import UNJUDGED, Moments, ridge
+from hfprune.recovery.origin import Origin
 from hfprune.recovery.rows import as_rows, has_bias, write_rows
+from hfprune.recovery.sweep import sweep
 from hfprune.recovery.token_weights import token_weights
-from hfprune.structure.anatomy import Anatomy, Block, Group, layer_of
-from hfprune.structure.architectures import row_of
 from hfprune.structure.cost import Selection
 
 logger = logging.getLogger(__name__)
-
-_SPARED = 0.01
-"""How little a scaling between an outlet and the stream may give a feature, in mean squares of all
-features, before the outlet is spared the stream's error there: it would grow out of proportion.
-"""
-
-
-@dataclass
-class _Target:
-    """What an outlet should give, one tensor (positions, outputs) for every batch.
-
-    Attributes:
-        sums: the dense model's residual stream after the outlet.
-        outputs: of the dense outlet, less `unscaled` times what joined the stream.
-        unscaled: what one unit of the stream's error is at the outlet's output; empty where its
-            output joins the stream as it is.
-        read: by the dense inlets.
-    """
-
-    read: list[Read] = field(default_factory=list)
-    sums: list[torch.Tensor] = field(default_factory=list)
-    outputs: list[torch.Tensor] = field(default_factory=list)
-    unscaled: list[torch.Tensor] = field(default_factory=list)
-
-    def wanted(self, batch: int, stream: torch.Tensor) -> torch.Tensor:
-        """The output that would give the dense sum with the pruned model's own stream."""
-        joining = self.sums[batch] - stream
-        if not self.unscaled:
-            return joining
-        return self.outputs[batch] + joining * self.unscaled[batch]
 
 
 def compensate(
@@ -114,226 +82,62 @@ def compensate(
         HfpruneError: layers went, or units are refitted by scores, and `kept` does not say which;
             scores of another model, or without moments.
     """
+    origin = Origin.of(dense, pruned, kept or {})
     if isinstance(calibration, Scores):
-        return _by_moments(dense, pruned, calibration, kept or {})
-    return _on_batches(dense, pruned, calibration, kept or {})
-
-
-def _by_moments(
-    dense: PreTrainedModel, pruned: PreTrainedModel, scores: Scores, kept: Selection
-) -> PreTrainedModel:
-    """Refit each outlet by itself to what it gave in the dense model."""
-    anatomy, before = Anatomy.of(pruned), Anatomy.of(dense)
-    if scores.fingerprint != before.fingerprint:
-        raise HfpruneError("These scores are not of the dense model; score it.")
-    if not scores.moments:
-        raise HfpruneError(
-            "These scores hold no moments to compensate by: score(..., moments=True), or give"
-            " calibration batches."
-        )
-    twins = _twins(anatomy, before, _layers_of(anatomy, before, kept))
-    for group in anatomy:
-        twin = twins[group.name]
-        if len(kept.get(twin.name, range(twin.units))) != group.units:
-            raise HfpruneError(
-                f"{twin.name} keeps {group.units} of its {twin.units} {twin.kind}s; say which of"
-                " them, compensate(..., kept=plan.keep)."
-            )
-    outlets = [outlet_of(pruned, group) for group in anatomy]
-    with torch.no_grad(), _all_or_nothing(outlets):
-        for group, outlet in zip(anatomy, outlets, strict=True):
-            twin = twins[group.name]
-            if group.units == twin.units:
-                continue
-            columns = torch.arange(twin.units * twin.columns + 1, device=pruned.device)
-            units = columns[:-1].unflatten(0, (twin.units, twin.columns))
-            stay = torch.cat([units[sorted(kept[twin.name])].flatten(), columns[-1:]])
-            inputs = scores.moments[twin.name].to(pruned.device, torch.float64)[stay]
-            wanted = Moments(inputs[:, stay], inputs @ as_rows(outlet_of(dense, twin)))
-            write_rows(outlet, ridge(wanted, as_rows(outlet), UNJUDGED, has_bias(outlet)))
+        _by_moments(origin, calibration)
+    else:
+        _on_batches(origin, calibration)
     return pruned
 
 
-def _on_batches(
-    dense: PreTrainedModel, pruned: PreTrainedModel, batches: Sequence[Batch], kept: Selection
-) -> PreTrainedModel:
-    """Refit outlet after outlet on what the layers before it really give."""
+def _on_batches(origin: Origin, batches: Sequence[Batch]) -> None:
+    """Refit all that is linear, sweeping through the layers."""
     if not len(batches):
         raise DataError("There are no calibration batches to compensate on; give at least one.")
     if sum(map(examples_in, batches)) < HELD_OUT:
         logger.warning(
             "Fits are judged on every %dth example, and there are fewer: give more.", HELD_OUT
         )
-    anatomy, before = Anatomy.of(pruned), Anatomy.of(dense)
-    layers = _layers_of(anatomy, before, kept)
-    twins = _twins(anatomy, before, layers)
-    dense_groups = {(g.stack, g.layer, g.kind, g.part): g for g in before}
-    experts = {(b.stack, b.layer): b.units for b in before.experts}
-    fewer_experts = {
-        (b.stack, b.layer)
-        for b in anatomy.experts
-        if b.units < experts[b.stack, layers[b.stack][b.layer][0]]
-    }
-    weights = token_weights(dense, batches)
-    bar = tqdm(total=len(anatomy.groups), desc="compensating", delay=2, leave=False)
-    refitted = [m for g in anatomy for m in (outlet_of(pruned, g), *inlets_of(pruned, g).values())]
-    whole = _all_or_nothing(refitted)
-    with torch.no_grad(), evaluating(dense), evaluating(pruned), bar, whole:
-        for index, stack in enumerate(row_of(pruned.config.model_type).stacks):
-            groups = [g for g in anatomy if g.stack == index]
-            changed = [
-                g
-                for g in groups
-                if g.units < twins[g.name].units
-                or layers[index][g.layer] != (g.layer, g.layer)
-                or (index, g.layer) in fewer_experts
-            ]
-            if not changed:
-                continue
-            decoder = is_decoder(pruned, changed[0])
-            ours = layer_calls(pruned, stack.layers, batches, decoder)
-            theirs = layer_calls(dense, stack.layers, batches, decoder)
-            for before_first in range(layers[index][0][0]):
-                advance(dense, stack.layers, theirs, before_first)
-            for layer, (own, last) in enumerate(layers[index]):
-                here = [g for g in groups if g.layer == layer]
-                same = [twins[g.name] for g in here]
-                junctions = [junction_of(dense, g, theirs[0], own) for g in same]
-                targets = _targets(dense, stack.layers, same, junctions, theirs, own)
-                for gone in range(own + 1, last + 1):
-                    end = dense_groups.get((index, gone, same[-1].kind, same[-1].part))
-                    # Where experts come after the last outlet, its sum is not the layer's.
-                    if end is None or junctions[-1].sum is None or end.kind != "neuron":
-                        advance(dense, stack.layers, theirs, gone)
-                    else:
-                        (further,) = _targets(
-                            dense, stack.layers, [end], junctions[-1:], theirs, gone
-                        )
-                        targets[-1].sums = further.sums
-                for group, junction, target in zip(here, junctions, targets, strict=True):
-                    # An outlet that lost nothing is refitted too, once the layers before it have
-                    # changed.
-                    if layer >= changed[0].layer:
-                        twin = twins[group.name]
-                        counts = [
-                            weight.get(twin.name, torch.ones_like(call.held, dtype=torch.float32))
-                            for weight, call in zip(weights, ours, strict=True)
-                        ]
-                        units = kept.get(twin.name, range(twin.units))
-                        if group is not changed[0] and 0 < group.units == len(units):
-                            refit_inlets(
-                                dense, twin, pruned, group, ours, layer, target.read, units, counts
-                            )
-                        _refit(pruned, group, ours, layer, junction, target, counts)
-                    bar.update()
-                advance(pruned, stack.layers, ours, layer)
-    return pruned
+    pruned, groups = origin.pruned, origin.after.groups
+    weights = token_weights(origin.dense, batches)
+    refitted = [m for g in groups for m in (outlet_of(pruned, g), *inlets_of(pruned, g).values())]
+    bar = tqdm(total=len(groups), desc="compensating", delay=2, leave=False)
+    modes = evaluating(origin.dense), evaluating(pruned)
+    with torch.no_grad(), modes[0], modes[1], _all_or_nothing(refitted), bar:
+        sweep(origin, batches, weights, bar)
 
 
-Layers = list[list[tuple[int, int]]]
-"""For each layer of each pruned stack: which dense layer it is, and the last it stands for."""
-
-
-def _layers_of(pruned: Anatomy, dense: Anatomy, kept: Selection) -> Layers:
-    return [_layers(dense.stacks[stack.stack], stack, kept) for stack in pruned.stacks]
-
-
-def _twins(pruned: Anatomy, dense: Anatomy, layers: Layers) -> dict[str, Group]:
-    """The dense group that each pruned one is left of."""
-    groups = {(g.stack, g.layer, g.kind, g.part): g for g in dense}
-    return {g.name: groups[g.stack, layers[g.stack][g.layer][0], g.kind, g.part] for g in pruned}
-
-
-def _layers(dense: Block, pruned: Block, kept: Selection) -> list[tuple[int, int]]:
-    stayed = sorted(kept.get(dense.name, range(dense.units)))
-    if len(stayed) != pruned.units:
+def _by_moments(origin: Origin, scores: Scores) -> None:
+    """Refit each outlet by itself to what it gave in the dense model."""
+    if scores.fingerprint != origin.before.fingerprint:
+        raise HfpruneError("These scores are not of the dense model; score it.")
+    if not scores.moments:
         raise HfpruneError(
-            f"{dense.name}: the pruned model has {pruned.units} layers and the dense one"
-            f" {dense.units}; say which of them stayed, compensate(..., kept=plan.keep)."
+            "These scores hold no moments to compensate by: score(..., moments=True), or give"
+            " calibration batches."
         )
-    return list(zip(stayed, dense.stands_for(stayed), strict=True))
+    units = {group.name: origin.units(group) for group in origin.after}
+    outlets = [outlet_of(origin.pruned, group) for group in origin.after]
+    with torch.no_grad(), _all_or_nothing(outlets):
+        for group, outlet in zip(origin.after, outlets, strict=True):
+            twin, current = origin.twin(group), as_rows(outlet)
+            if group.units == twin.units:
+                continue
+            columns = torch.arange(twin.units * twin.columns + 1, device=current.device)
+            of_units = columns[:-1].unflatten(0, (twin.units, twin.columns))
+            stay = torch.cat([of_units[units[group.name]].flatten(), columns[-1:]])
+            inputs = scores.moments[twin.name].to(current)[stay]
+            wanted = Moments(inputs[:, stay], inputs @ as_rows(outlet_of(origin.dense, twin)))
+            write_rows(outlet, ridge(wanted, current, UNJUDGED, has_bias(outlet)))
 
 
 @contextmanager
-def _all_or_nothing(outlets: Sequence[nn.Module]) -> Iterator[None]:
-    """Give outlets the weights back that they had, if something is raised."""
-    before = [copy.deepcopy(outlet.state_dict()) for outlet in outlets]
+def _all_or_nothing(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Give modules the weights back that they had, if something is raised."""
+    before = [copy.deepcopy(module.state_dict()) for module in modules]
     try:
         yield
     except BaseException:
-        for outlet, state in zip(outlets, before, strict=True):
-            outlet.load_state_dict(state)
+        for module, state in zip(modules, before, strict=True):
+            module.load_state_dict(state)
         raise
-
-
-def _targets(
-    dense: PreTrainedModel,
-    layers: str,
-    groups: Sequence[Group],
-    junctions: Sequence[Junction],
-    calls: Sequence[LayerCall],
-    index: int,
-) -> list[_Target]:
-    """What the dense layer gives, for each group; the calls advance to the next layer."""
-    layer = dense.base_model.get_submodule(f"{layers}.{index}")
-    targets = [_Target() for _ in groups]
-    for call in calls:
-        with ExitStack() as stack:
-            watched = [
-                stack.enter_context(watch(dense, group, junction, call))
-                for group, junction in zip(groups, junctions, strict=True)
-            ]
-            read = [stack.enter_context(reading(dense, group, call)) for group in groups]
-            output = call.run(layer, index)
-        call.go_on(output, index)
-        for target, junction, (seen,), own in zip(targets, junctions, watched, read, strict=True):
-            target.read += own or [{}]
-            target.sums.append(seen.sum)
-            if junction.scaling is not None:
-                gain = (seen.joined / seen.output).nan_to_num(0.0, 0.0, 0.0)
-                spared = _SPARED * gain.square().mean(dim=1, keepdim=True)
-                unscaled = gain / (gain.square() + spared).clamp(min=torch.finfo(gain.dtype).tiny)
-                target.unscaled.append(unscaled)
-                target.outputs.append(seen.output - seen.joined * unscaled)
-    return targets
-
-
-def _refit(
-    pruned: PreTrainedModel,
-    group: Group,
-    calls: Sequence[LayerCall],
-    index: int,
-    junction: Junction,
-    target: _Target,
-    counts: Sequence[torch.Tensor],
-) -> None:
-    """Set an outlet's weights, and its bias if it has one, to the best fit; each position of a
-    batch counts as `counts` say.
-    """
-    outlet = outlet_of(pruned, group)
-    current = as_rows(outlet)
-    fit, held = Moments.like(current), Moments.like(current)
-    for batch, call in enumerate(calls):
-        with watch(pruned, group, junction, call, stop=True) as found, suppress(Reached):
-            call.run(layer_of(pruned, group), index)
-        (seen,) = found
-        wanted = target.wanted(batch, seen.sum - seen.joined)
-        for moments, where in ((fit, ~call.held), (held, call.held)):
-            moments.add(seen.input[where], wanted[where], counts[batch][where])
-        if not (fit.is_finite() and held.is_finite()):
-            raise DataError(
-                f"{group.outlet}: its inputs, or what it should give, are not finite in calibration"
-                f" batch {batch}."
-            )
-    chosen = best_fit(fit, held, current, group.units, has_bias(outlet))
-    fit.absorb(held)
-    if fit.count < len(current):
-        logger.warning(
-            "%s has %d columns and only %d calibration tokens: give more examples.",
-            group.outlet,
-            len(current) - 1,
-            fit.count,
-        )
-    solution = chosen(fit)
-    if fit.error(solution) < fit.error(current):
-        write_rows(outlet, solution)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from hfprune.recovery.layer_calls import LayerCall, Reached
 from hfprune.recovery.least_squares import Moments, best_fit
+from hfprune.recovery.origin import Origin
 from hfprune.recovery.rows import as_rows, has_bias, write_rows
 from hfprune.structure.anatomy import Group
 from hfprune.structure.slices import kept_rows, layer_of, slices
@@ -37,27 +38,25 @@ def inlets_of(model: PreTrainedModel, group: Group) -> dict[str, nn.Module]:
 @contextmanager
 def reading(
     model: PreTrainedModel, group: Group, call: LayerCall, stop: bool = False
-) -> Iterator[list[Read]]:
+) -> Iterator[Read]:
     """Collect what a group's inlets read in the coming run of their layer, if it is the stream: the
     keys of a decoder's cross-attention read another. With `stop` the run ends by `Reached` then.
     """
     inlets = inlets_of(model, group)
     entered: dict[str, torch.Tensor] = {}
-    found: list[Read] = []
-
-    def finish() -> None:
-        together: dict[int, list[str]] = {}
-        for path, states in entered.items():
-            if states.shape[:-1] == call.hidden.shape[:-1]:
-                together.setdefault(id(states), []).append(path)
-        found.append({tuple(p): call.real_rows(entered[p[0]]) for p in together.values()})
+    found: Read = {}
 
     def at_inlet(path: str, states: torch.Tensor) -> None:
         entered[path] = states
-        if len(entered) == len(inlets):
-            finish()
-            if stop:
-                raise Reached
+        if len(entered) < len(inlets):
+            return
+        together: dict[int, list[str]] = {}
+        for name in inlets:
+            if entered[name].shape[:-1] == call.hidden.shape[:-1]:
+                together.setdefault(id(entered[name]), []).append(name)
+        found.update((tuple(p), call.real_rows(entered[p[0]])) for p in together.values())
+        if stop:
+            raise Reached
 
     hooks = [
         module.register_forward_pre_hook(lambda _, args, path=path: at_inlet(path, args[0]))
@@ -71,39 +70,32 @@ def reading(
 
 
 def refit_inlets(
-    dense: PreTrainedModel,
-    twin: Group,
-    pruned: PreTrainedModel,
+    origin: Origin,
     group: Group,
     calls: Sequence[LayerCall],
-    index: int,
     read: Sequence[Read],
-    units: Sequence[int],
     counts: Sequence[torch.Tensor],
 ) -> None:
     """Set the inlets of a pruned group to the best fits.
 
     Args:
-        dense: the dense model.
-        twin: the group in it.
-        pruned: the pruned model.
-        group: the group in it.
-        calls: of its layers.
-        index: of its layer.
+        origin: of the pruned model, which knows the group's units.
+        group: in the pruned model.
+        calls: of its layer.
         read: what the dense inlets read in each batch.
-        units: those of the twin that stay.
         counts: per batch, (positions,) what each counts.
     """
-    theirs, ours = inlets_of(dense, twin), inlets_of(pruned, group)
-    rows = kept_rows(slices(dense, twin), units, twin.kv_of(units))
+    twin, units = origin.twin(group), origin.units(group)
+    theirs, ours = inlets_of(origin.dense, twin), inlets_of(origin.pruned, group)
+    if not ours:
+        return
+    rows = kept_rows(slices(origin.dense, twin), units, twin.kv_of(units))
     sums: dict[tuple[str, ...], tuple[Moments, Moments]] = {}
     for batch, call in enumerate(calls):
-        with reading(pruned, group, call, stop=True) as found, suppress(Reached):
-            call.run(layer_of(pruned, group), index)
-        for paths, states in found[0].items() if found else ():
-            if (before := read[batch].get(paths)) is None:
-                continue
-            both = torch.cat([states, before], dim=1)
+        with reading(origin.pruned, group, call, stop=True) as now, suppress(Reached):
+            call.run(layer_of(origin.pruned, group), group.layer)
+        for paths in now.keys() & read[batch].keys():
+            both = torch.cat([now[paths], read[batch][paths]], dim=1)
             empty = both.new_zeros(both.shape[1] + 1, 0, dtype=torch.float64)
             pair = sums.setdefault(paths, (Moments.like(empty), Moments.like(empty)))
             for moments, where in zip(pair, (~call.held, call.held), strict=True):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates for the ridge, relative to the mean squared input; held-out examples choose among
@@ -63,6 +66,17 @@ class Moments:
     def is_finite(self) -> bool:
         """Whether all inputs and targets were: on the diagonal are the inputs' squares."""
         return math.isfinite(self.targets) and bool(self.inputs.diagonal().isfinite().all())
+
+    def warn_if_few(self, outlet: str) -> None:
+        """Warn where there are fewer positions than inputs."""
+        columns = len(self.inputs) - 1
+        if self.count <= columns:
+            logger.warning(
+                "%s has %d columns and only %d calibration tokens: give more examples.",
+                outlet,
+                columns,
+                self.count,
+            )
 
     def error(self, weights: torch.Tensor) -> float:
         """Mean squared error over positions of weights (columns + 1, outputs)."""

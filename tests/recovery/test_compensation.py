@@ -460,7 +460,7 @@ def test_the_stream_is_made_good_through_a_norm_that_lies_between(monkeypatch):
     pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
     through = compensate(dense, copy.deepcopy(pruned), data)
     monkeypatch.setattr(
-        "hfprune.recovery.compensation.junction_of", lambda *_: Junction(None)
+        "hfprune.recovery.sweep.junction_of", lambda *_: Junction(None)
     )  # the outlet's own output
     own = compensate(dense, pruned, data)
     assert error(through, dense, data) < error(own, dense, data)

@@ -1,0 +1,108 @@
+"""What each part of a pruned model is left of, in the dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from transformers import PreTrainedModel
+
+from hfprune.errors import HfpruneError
+from hfprune.structure.anatomy import Anatomy, Block, Group
+from hfprune.structure.cost import Selection
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A pruned model beside the dense one.
+
+    Attributes:
+        dense: the model before removal.
+        pruned: the model after it.
+        kept: what stayed, as far as that is known.
+        before, after: what they are made of.
+        layers: for each layer of each pruned stack: which dense layer it is, and the last it stands
+            for.
+    """
+
+    dense: PreTrainedModel
+    pruned: PreTrainedModel
+    kept: Selection
+    before: Anatomy
+    after: Anatomy
+    layers: list[list[tuple[int, int]]]
+
+    @staticmethod
+    def of(dense: PreTrainedModel, pruned: PreTrainedModel, kept: Selection) -> Origin:
+        """Look both models over.
+
+        Raises:
+            HfpruneError: layers went, and `kept` does not say which.
+        """
+        before, after = Anatomy.of(dense), Anatomy.of(pruned)
+        layers = [_layers(before.stacks[stack.stack], stack, kept) for stack in after.stacks]
+        return Origin(dense, pruned, kept, before, after, layers)
+
+    @cached_property
+    def _dense_groups(self) -> dict[tuple[int, int, str, int], Group]:
+        return {(g.stack, g.layer, g.kind, g.part): g for g in self.before}
+
+    def dense_group(self, like: Group, layer: int) -> Group | None:
+        """The group of a dense layer that is as a group of another one."""
+        return self._dense_groups.get((like.stack, layer, like.kind, like.part))
+
+    def twin(self, group: Group) -> Group:
+        """The dense group that a pruned one is left of."""
+        return self._dense_groups[
+            group.stack, self.layers[group.stack][group.layer][0], group.kind, group.part
+        ]
+
+    def units(self, group: Group) -> Sequence[int]:
+        """Those of its twin's units that a pruned group still has, ascending.
+
+        Raises:
+            HfpruneError: some went, and `kept` does not say which.
+        """
+        twin = self.twin(group)
+        stayed = sorted(self.kept.get(twin.name, range(twin.units)))
+        if len(stayed) != group.units:
+            raise HfpruneError(
+                f"{twin.name} keeps {group.units} of its {twin.units} {twin.kind}s; say which of"
+                " them, compensate(..., kept=plan.keep)."
+            )
+        return stayed
+
+    def knows(self, group: Group) -> bool:
+        """Whether it is known which of its twin's units a pruned group still has."""
+        twin = self.twin(group)
+        return group.units == len(self.kept.get(twin.name, range(twin.units)))
+
+    def changed(self, stack: int) -> list[Group]:
+        """The groups of a pruned stack that lost units, or whose layer lost experts or moved."""
+        experts = {b.layer: b.units for b in self.before.experts if b.stack == stack}
+        fewer = {
+            b.layer
+            for b in self.after.experts
+            if b.stack == stack and b.units < experts[self.layers[stack][b.layer][0]]
+        }
+        return [
+            g
+            for g in self.after
+            if g.stack == stack
+            and (
+                g.units < self.twin(g).units
+                or self.layers[stack][g.layer] != (g.layer, g.layer)
+                or g.layer in fewer
+            )
+        ]
+
+
+def _layers(dense: Block, pruned: Block, kept: Selection) -> list[tuple[int, int]]:
+    stayed = sorted(kept.get(dense.name, range(dense.units)))
+    if len(stayed) != pruned.units:
+        raise HfpruneError(
+            f"{dense.name}: the pruned model has {pruned.units} layers and the dense one"
+            f" {dense.units}; say which of them stayed, compensate(..., kept=plan.keep)."
+        )
+    return list(zip(stayed, dense.stands_for(stayed), strict=True))

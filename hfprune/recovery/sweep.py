@@ -1,0 +1,174 @@
+"""The sweep of compensation: layer by layer in forward order, each refitted on what the already
+refitted layers before it really give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from hfprune.errors import DataError
+from hfprune.importance.gates import outlet_of
+from hfprune.importance.losses import Batch, is_decoder
+from hfprune.recovery.inlets import Read, reading, refit_inlets
+from hfprune.recovery.junctions import Junction, junction_of, watch
+from hfprune.recovery.layer_calls import LayerCall, Reached, advance, layer_calls
+from hfprune.recovery.least_squares import Moments, best_fit
+from hfprune.recovery.origin import Origin
+from hfprune.recovery.rows import as_rows, has_bias, write_rows
+from hfprune.recovery.token_weights import Weights
+from hfprune.structure.anatomy import Group
+from hfprune.structure.architectures import row_of
+from hfprune.structure.slices import layer_of
+
+_SPARED = 0.01
+"""How little a scaling between an outlet and the stream may give a feature, in mean squares of all
+features, before the outlet is spared the stream's error there: it would grow out of proportion.
+"""
+
+
+@dataclass
+class _Target:
+    """What an outlet should give, and what its inlets should see, one tensor for every batch.
+
+    Attributes:
+        read: by the dense inlets.
+        sums: (positions, outputs) the dense model's residual stream after the outlet.
+        outputs: of the dense outlet, less `unscaled` times what joined the stream.
+        unscaled: what one unit of the stream's error is at the outlet's output; empty where its
+            output joins the stream as it is.
+    """
+
+    read: list[Read] = field(default_factory=list)
+    sums: list[torch.Tensor] = field(default_factory=list)
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    unscaled: list[torch.Tensor] = field(default_factory=list)
+
+    def wanted(self, batch: int, stream: torch.Tensor) -> torch.Tensor:
+        """The output that would give the dense sum with the pruned model's own stream."""
+        joining = self.sums[batch] - stream
+        if not self.unscaled:
+            return joining
+        return self.outputs[batch] + joining * self.unscaled[batch]
+
+
+def sweep(origin: Origin, batches: Sequence[Batch], weights: Sequence[Weights], bar: tqdm) -> None:
+    """Refit the pruned model's groups, in place.
+
+    Args:
+        origin: of the pruned model.
+        batches: calibration batches.
+        weights: per batch, what each position counts at each dense outlet, where not all alike.
+        bar: moves on with every group.
+
+    Raises:
+        DataError: an outlet's inputs or target are not finite in a batch (it names both).
+    """
+    for index, stack in enumerate(row_of(origin.pruned.config.model_type).stacks):
+        changed = origin.changed(index)
+        if not changed:
+            continue
+        decoder = is_decoder(origin.pruned, changed[0])
+        ours = layer_calls(origin.pruned, stack.layers, batches, decoder)
+        theirs = layer_calls(origin.dense, stack.layers, batches, decoder)
+        layers = origin.layers[index]
+        for before_first in range(layers[0][0]):
+            advance(origin.dense, stack.layers, theirs, before_first)
+        for layer, (own, last) in enumerate(layers):
+            here = [g for g in origin.after if (g.stack, g.layer) == (index, layer)]
+            twins = [origin.twin(group) for group in here]
+            junctions = [junction_of(origin.dense, twin, theirs[0], own) for twin in twins]
+            targets = _targets(origin.dense, stack.layers, twins, junctions, theirs, own)
+            for gone in range(own + 1, last + 1):
+                end = origin.dense_group(twins[-1], gone)
+                # Where experts come after the last outlet, its sum is not the layer's.
+                if end is None or junctions[-1].sum is None or end.kind != "neuron":
+                    advance(origin.dense, stack.layers, theirs, gone)
+                else:
+                    [further] = _targets(
+                        origin.dense, stack.layers, [end], junctions[-1:], theirs, gone
+                    )
+                    targets[-1].sums = further.sums
+            for group, junction, target in zip(here, junctions, targets, strict=True):
+                # What lost nothing is refitted too, once the layers before it have changed.
+                if layer >= changed[0].layer:
+                    name = origin.twin(group).name
+                    counts = [
+                        weight.get(name, torch.ones_like(call.held, dtype=torch.float32))
+                        for weight, call in zip(weights, ours, strict=True)
+                    ]
+                    # Before the first cut the stream is the dense one.
+                    if group is not changed[0] and origin.knows(group):
+                        refit_inlets(origin, group, ours, target.read, counts)
+                    _refit_outlet(origin.pruned, group, ours, junction, target, counts)
+                bar.update()
+            advance(origin.pruned, stack.layers, ours, layer)
+
+
+def _targets(
+    dense: PreTrainedModel,
+    layers: str,
+    groups: Sequence[Group],
+    junctions: Sequence[Junction],
+    calls: Sequence[LayerCall],
+    index: int,
+) -> list[_Target]:
+    """What the dense layer gives, for each group; the calls advance to the next layer."""
+    layer = dense.base_model.get_submodule(f"{layers}.{index}")
+    targets = [_Target() for _ in groups]
+    for call in calls:
+        with ExitStack() as stack:
+            watched = [
+                stack.enter_context(watch(dense, group, junction, call))
+                for group, junction in zip(groups, junctions, strict=True)
+            ]
+            read = [stack.enter_context(reading(dense, group, call)) for group in groups]
+            output = call.run(layer, index)
+        call.go_on(output, index)
+        for target, junction, [seen], own in zip(targets, junctions, watched, read, strict=True):
+            target.read.append(own)
+            target.sums.append(seen.sum)
+            if junction.scaling is not None:
+                gain = (seen.joined / seen.output).nan_to_num(0.0, 0.0, 0.0)
+                spared = _SPARED * gain.square().mean(dim=1, keepdim=True)
+                unscaled = gain / (gain.square() + spared).clamp(min=torch.finfo(gain.dtype).tiny)
+                target.unscaled.append(unscaled)
+                target.outputs.append(seen.output - seen.joined * unscaled)
+    return targets
+
+
+def _refit_outlet(
+    pruned: PreTrainedModel,
+    group: Group,
+    calls: Sequence[LayerCall],
+    junction: Junction,
+    target: _Target,
+    counts: Sequence[torch.Tensor],
+) -> None:
+    """Set an outlet's weights, and its bias if it has one, to the best fit."""
+    outlet = outlet_of(pruned, group)
+    current = as_rows(outlet)
+    fit, held = Moments.like(current), Moments.like(current)
+    for batch, call in enumerate(calls):
+        with watch(pruned, group, junction, call, stop=True) as found, suppress(Reached):
+            call.run(layer_of(pruned, group), group.layer)
+        [seen] = found
+        wanted = target.wanted(batch, seen.sum - seen.joined)
+        for moments, where in ((fit, ~call.held), (held, call.held)):
+            moments.add(seen.input[where], wanted[where], counts[batch][where])
+        if not (fit.is_finite() and held.is_finite()):
+            raise DataError(
+                f"{group.outlet}: its inputs, or what it should give, are not finite in calibration"
+                f" batch {batch}."
+            )
+    chosen = best_fit(fit, held, current, group.units, has_bias(outlet))
+    fit.absorb(held)
+    fit.warn_if_few(group.outlet)
+    solution = chosen(fit)
+    if fit.error(solution) < fit.error(current):
+        write_rows(outlet, solution)
