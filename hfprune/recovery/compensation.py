@@ -7,15 +7,16 @@ regression in float64, layer by layer in forward order, each on the inputs that 
 and refitted layers before it really give. The closed form is that of layer-wise reconstruction (He
 et al. 2017, arXiv:1707.06168). The target is the dense model's residual stream after the outlet,
 not the outlet's own output: so each outlet also takes back the error that earlier layers left in
-the stream, through a norm that lies between, too. Tokens on which a classifier's answer depends
-count more (see token_weights.py).
+the stream, through a norm that lies between, too. What is still missing there the next inlets read
+off the rest of the stream (see inlets.py). Tokens on which a classifier's answer depends count more
+(see token_weights.py).
+
+Fits are judged on held-out examples. They choose the ridge, which pulls to the weights as they are,
+or one scale for each unit (Kwon et al. 2022, arXiv:2204.09656), or leave a matrix alone where no
+fit is better there than what it has.
 
 Scores that hold the second moments of the dense outlets' inputs do without any data: each outlet is
 refitted by itself to its own dense output, which is what `reconstruction` ranks units by.
-
-Fits are judged on held-out examples. They choose the ridge, which pulls to the weights as they are,
-or one scale for each unit (Kwon et al. 2022, arXiv:2204.09656), or leave an outlet alone where no
-fit is better there than what it has.
 """
 
 from __future__ import annotations
@@ -52,26 +53,26 @@ def compensate(
     calibration: Sequence[Batch] | Scores,
     kept: Selection | None = None,
 ) -> PreTrainedModel:
-    """Refit every outlet of a pruned model, in place, to the dense model's residual stream; or, by
-    scores, to its own output in the dense model.
+    """Refit the outlets and inlets of a pruned model, in place, to the dense model's residual
+    stream; or, by scores, each outlet to its own output in the dense model.
 
     If it raises, the pruned model is as it was before.
 
     Memory: the hidden states of all batches twice and what else their layers are called with, the
-    residual sums of one layer, a copy of the outlets, and six (columns x columns) matrices in
-    float64 for the widest of them; of a classifier also the activations of one batch. Time: about
-    three forward passes over the layers, in families whose layers hand on more than hidden states
-    five, and for a classifier a forward and a backward pass more. By scores: no pass, and four
-    matrices.
+    residual sums of one layer and what its inlets read, a copy of the refitted matrices, and six
+    (columns x columns) matrices in float64 for the widest of them; of a classifier also the
+    activations of one batch. Time: about five forward passes over the layers, in families whose
+    layers hand on more than hidden states seven, and for a classifier a forward and a backward pass
+    more. By scores: no pass, and four matrices.
 
     Args:
         dense: the model before removal.
         pruned: the model after removal.
         calibration: batches, whose labels are not read; or the scores of the dense model with
             moments (`score(..., moments=True)`).
-        kept: what stayed, `PruningPlan.keep`; needed by scores, and where whole layers went. On
-            batches the layer before them takes over their work: its last outlet is refitted to the
-            sum that they leave.
+        kept: what stayed, `PruningPlan.keep`. Needed by scores, where whole layers went, and for
+            inlets, which else stay as they are. On batches the layer before those that went takes
+            over their work: its last outlet is refitted to the sum that they leave.
 
     Returns:
         The pruned model.

@@ -52,7 +52,7 @@ def reading(
             return
         together: dict[int, list[str]] = {}
         for name in inlets:
-            if entered[name].shape[:-1] == call.hidden.shape[:-1]:
+            if call.is_stream(entered[name], group.layer):
                 together.setdefault(id(entered[name]), []).append(name)
         found.update((tuple(p), call.real_rows(entered[p[0]])) for p in together.values())
         if stop:

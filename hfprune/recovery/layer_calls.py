@@ -52,6 +52,14 @@ class LayerCall:
         added = self.added[index + 1] if index + 1 < len(self.added) else None
         self.hidden = output if added is None else output + added
 
+    def is_stream(self, states: torch.Tensor, index: int) -> bool:
+        """Whether a tensor inside the index-th layer has the positions of the hidden state, and is
+        not something else that the layer is called with: what an encoder says, for instance.
+        """
+        args, kwargs = self.rest[index]
+        given = any(states is other for other in (*args, *kwargs.values()))
+        return states.shape[:-1] == self.hidden.shape[:-1] and not given
+
     def real_rows(self, states: torch.Tensor) -> torch.Tensor:
         """(positions, features), without padding."""
         rows = states.flatten(0, -2)

@@ -36,6 +36,17 @@ def test_error_is_that_of_the_positions() -> None:
     assert counted(x, y).error(weights) == pytest.approx(mean_error(x, y, weights))
 
 
+def test_a_weight_counts_as_so_many_positions() -> None:
+    x, y = random(40, COLUMNS, seed=0), random(40, OUTPUTS, seed=1)
+    times = torch.arange(40) % 3
+    weighted = Moments.like(torch.zeros(COLUMNS + 1, OUTPUTS, dtype=torch.float64))
+    weighted.add(x, y, times)
+    repeated = counted(x.repeat_interleave(times, dim=0), y.repeat_interleave(times, dim=0))
+    torch.testing.assert_close(weighted.inputs, repeated.inputs)
+    torch.testing.assert_close(weighted.cross, repeated.cross)
+    assert weighted.targets == pytest.approx(repeated.targets)
+
+
 def test_what_two_have_counted_is_what_one_counts_of_both() -> None:
     x, y = random(40, COLUMNS, seed=0), random(40, OUTPUTS, seed=1)
     one, other = counted(x[:15], y[:15]), counted(x[15:], y[15:])
