@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hfprune.importance.gates import replaced_forward
+from hfprune.importance.gates import replaced_forward, uncached
 from hfprune.importance.losses import Batch, examples_in, padding_mask
 
 HELD_OUT = 5
@@ -153,13 +153,14 @@ def _pass(
 
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
     with ExitStack() as stack:
+        stack.enter_context(uncached(model))  # a layer that runs again would find its own keys
         for module in modules:
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(leave).remove)
             if idle:
                 stack.enter_context(replaced_forward(module, hand_on))
         with suppress(Reached):
-            model(**inputs, **({"use_cache": False} if model.can_generate() else {}))
+            model(**inputs)
     return seen
 
 

@@ -4,6 +4,7 @@ refitted layers before it really give.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from hfprune.errors import DataError
 from hfprune.importance.gates import outlet_of
 from hfprune.importance.losses import Batch, is_decoder
-from hfprune.recovery.inlets import Read, reading, refit_inlets
+from hfprune.recovery.inlets import Read, inlets_of, reading, refit_inlets
 from hfprune.recovery.junctions import Junction, junction_of, watch
 from hfprune.recovery.layer_calls import LayerCall, Reached, advance, layer_calls
 from hfprune.recovery.least_squares import Moments, best_fit
@@ -102,10 +103,11 @@ def sweep(origin: Origin, batches: Sequence[Batch], weights: Sequence[Weights], 
                         weight.get(name, torch.ones_like(call.held, dtype=torch.float32))
                         for weight, call in zip(weights, ours, strict=True)
                     ]
-                    # Before the first cut the stream is the dense one.
-                    if group is not changed[0] and origin.knows(group):
-                        refit_inlets(origin, group, ours, target.read, counts)
-                    _refit_outlet(origin.pruned, group, ours, junction, target, counts)
+                    place = _Place(origin, group, ours, junction, target, counts)
+                    # Before the first cut the stream is the dense one. Where every token counts
+                    # alike, as in language models, inlets won nothing (docs/recovery.md).
+                    uneven = name in weights[0]
+                    place.refit(uneven and group is not changed[0] and origin.knows(group))
                 bar.update()
             advance(origin.pruned, stack.layers, ours, layer)
 
@@ -142,33 +144,68 @@ def _targets(
     return targets
 
 
-def _refit_outlet(
-    pruned: PreTrainedModel,
-    group: Group,
-    calls: Sequence[LayerCall],
-    junction: Junction,
-    target: _Target,
-    counts: Sequence[torch.Tensor],
-) -> None:
-    """Set an outlet's weights, and its bias if it has one, to the best fit."""
-    outlet = outlet_of(pruned, group)
-    current = as_rows(outlet)
-    fit, held = Moments.like(current), Moments.like(current)
-    for batch, call in enumerate(calls):
-        with watch(pruned, group, junction, call, stop=True) as found, suppress(Reached):
-            call.run(layer_of(pruned, group), group.layer)
-        [seen] = found
-        wanted = target.wanted(batch, seen.sum - seen.joined)
-        for moments, where in ((fit, ~call.held), (held, call.held)):
-            moments.add(seen.input[where], wanted[where], counts[batch][where])
-        if not (fit.is_finite() and held.is_finite()):
-            raise DataError(
-                f"{group.outlet}: its inputs, or what it should give, are not finite in calibration"
-                f" batch {batch}."
-            )
-    chosen = best_fit(fit, held, current, group.units, has_bias(outlet))
-    fit.absorb(held)
-    fit.warn_if_few(group.outlet)
-    solution = chosen(fit)
-    if fit.error(solution) < fit.error(current):
-        write_rows(outlet, solution)
+@dataclass(frozen=True)
+class _Place:
+    """Where a group of the pruned model is refitted.
+
+    Attributes:
+        origin: of the model.
+        group: of the pruned model.
+        calls: of its layer.
+        junction: its outlet's way to the stream.
+        target: what outlet and inlets should give.
+        counts: per batch, (positions,) what each counts.
+    """
+
+    origin: Origin
+    group: Group
+    calls: Sequence[LayerCall]
+    junction: Junction
+    target: _Target
+    counts: Sequence[torch.Tensor]
+
+    def refit(self, inlets: bool) -> None:
+        """Set the outlet to the best fit; and the inlets, if they take part and the stream behind
+        the outlet is nearer to the dense one with them. It may not be: attention that is fitted to
+        noisy states is blurred.
+        """
+        rows, error = self._best_outlet()
+        if inlets:
+            modules = inlets_of(self.origin.pruned, self.group).values()
+            before = [copy.deepcopy(module.state_dict()) for module in modules]
+            refit_inlets(self.origin, self.group, self.calls, self.target.read, self.counts)
+            with_them, then = self._best_outlet()
+            if then < error:
+                rows = with_them
+            else:
+                for module, state in zip(modules, before, strict=True):
+                    module.load_state_dict(state)
+        write_rows(outlet_of(self.origin.pruned, self.group), rows)
+
+    def _best_outlet(self) -> tuple[torch.Tensor, float]:
+        """The best fit to what the outlet reads now, (columns + 1, outputs), and how far such a fit
+        is from its target on held-out positions.
+        """
+        group, pruned = self.group, self.origin.pruned
+        outlet = outlet_of(pruned, group)
+        current = as_rows(outlet)
+        fit, held = Moments.like(current), Moments.like(current)
+        for batch, call in enumerate(self.calls):
+            watching = watch(pruned, group, self.junction, call, stop=True)
+            with watching as found, suppress(Reached):
+                call.run(layer_of(pruned, group), group.layer)
+            [seen] = found
+            wanted = self.target.wanted(batch, seen.sum - seen.joined)
+            for moments, where in ((fit, ~call.held), (held, call.held)):
+                moments.add(seen.input[where], wanted[where], self.counts[batch][where])
+            if not (fit.is_finite() and held.is_finite()):
+                raise DataError(
+                    f"{group.outlet}: its inputs, or what it should give, are not finite in"
+                    f" calibration batch {batch}."
+                )
+        chosen = best_fit(fit, held, current, group.units, has_bias(outlet))
+        error = held.error(chosen(fit))
+        fit.absorb(held)
+        fit.warn_if_few(group.outlet)
+        solution = chosen(fit)
+        return (solution if fit.error(solution) < fit.error(current) else current), error
