@@ -34,7 +34,7 @@ from hfprune.structure.anatomy import Group
 DAMPING = 0.01
 """Added to the inputs' second moments, relative to their mean; as the ridge of compensation."""
 
-TOKENS_PER_COLUMN = 4
+TOKENS_PER_COLUMN = 2
 """From how many calibration tokens the second moments of an outlet's inputs are taken."""
 
 _STEPS = 50
