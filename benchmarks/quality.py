@@ -4,7 +4,7 @@ and after distillation.
     python scripts/fetch_quickstart.py && python benchmarks/quality.py
 
 prints, for every budget of the encoder's MACs, the points of test accuracy lost against the dense
-model: after removal alone, after compensation, and by the first criterion also after distillation
+model: after removal alone, after compensation by the scores or on the data, and by the first criterion also after distillation
 at the budgets in --distill; mean and spread over the seeds. It draws the curve after compensation.
 Random and magnitude stand beside the others: what does not beat them is not worth its time. Every
 seed fine-tunes its own dense classifier once. All that is measured stays in
@@ -101,21 +101,24 @@ class Seed:
 
     @cached_property
     def scores(self) -> hfprune.Scores:
-        return hfprune.score(self.dense, self.calibration, loss=self.loss, seed=self.seed)
+        return hfprune.score(
+            self.dense, self.calibration, loss=self.loss, seed=self.seed, moments=True
+        )
 
     @property
     def dense_accuracy(self) -> float:
         return self._kept("dense", lambda: {"dense": self._judge(self.dense)})["dense"]
 
     def untrained(self, criterion: str, budget: float) -> Iterator[tuple[str, float]]:
-        """After removal, and after compensation."""
+        """After removal, after compensation by the scores, which need no data, and on the data."""
 
         def measure() -> dict[str, float]:
             plan = hfprune.plan(self.dense, self.scores, f"macs={budget}", criterion)
-            smaller = hfprune.remove(self.dense, plan)
-            removed = self._judge(smaller)
-            hfprune.compensate(self.dense, smaller, self.calibration, plan.keep)
-            return {"removed": removed, "compensated": self._judge(smaller)}
+            by = {"removed": None, "by scores": self.scores, "compensated": self.calibration}
+            return {
+                stage: self._judge(hfprune.remove(self.dense, plan, compensate=calibration))
+                for stage, calibration in by.items()
+            }
 
         yield from self._kept(f"{criterion}-{budget:.0%}", measure).items()
 

@@ -38,7 +38,7 @@ class _Target:
     """What an outlet should give, and what its inlets should see, one tensor for every batch.
 
     Attributes:
-        read: by the dense inlets.
+        read: by the dense inlets, if they are to be refitted.
         sums: (positions, outputs) the dense model's residual stream after the outlet.
         outputs: of the dense outlet, less `unscaled` times what joined the stream.
         unscaled: what one unit of the stream's error is at the outlet's output; empty where its
@@ -70,6 +70,8 @@ def sweep(origin: Origin, batches: Sequence[Batch], weights: Sequence[Weights], 
     Raises:
         DataError: an outlet's inputs or target are not finite in a batch (it names both).
     """
+    # Where every token counts alike, as in language models, inlets won nothing (docs/recovery.md).
+    inlets = any(weights)
     for index, stack in enumerate(row_of(origin.pruned.config.model_type).stacks):
         changed = origin.changed(index)
         if not changed:
@@ -84,7 +86,7 @@ def sweep(origin: Origin, batches: Sequence[Batch], weights: Sequence[Weights], 
             here = [g for g in origin.after if (g.stack, g.layer) == (index, layer)]
             twins = [origin.twin(group) for group in here]
             junctions = [junction_of(origin.dense, twin, theirs[0], own) for twin in twins]
-            targets = _targets(origin.dense, stack.layers, twins, junctions, theirs, own)
+            targets = _targets(origin.dense, stack.layers, twins, junctions, theirs, own, inlets)
             for gone in range(own + 1, last + 1):
                 end = origin.dense_group(twins[-1], gone)
                 # Where experts come after the last outlet, its sum is not the layer's.
@@ -104,10 +106,8 @@ def sweep(origin: Origin, batches: Sequence[Batch], weights: Sequence[Weights], 
                         for weight, call in zip(weights, ours, strict=True)
                     ]
                     place = _Place(origin, group, ours, junction, target, counts)
-                    # Before the first cut the stream is the dense one. Where every token counts
-                    # alike, as in language models, inlets won nothing (docs/recovery.md).
-                    uneven = name in weights[0]
-                    place.refit(uneven and group is not changed[0] and origin.knows(group))
+                    # Before the first cut the stream is the dense one.
+                    place.refit(inlets and group is not changed[0] and origin.knows(group))
                 bar.update()
             advance(origin.pruned, stack.layers, ours, layer)
 
@@ -119,8 +119,11 @@ def _targets(
     junctions: Sequence[Junction],
     calls: Sequence[LayerCall],
     index: int,
+    inlets: bool = False,
 ) -> list[_Target]:
-    """What the dense layer gives, for each group; the calls advance to the next layer."""
+    """What the dense layer gives, and with `inlets` what these read, for each group; the calls
+    advance to the next layer.
+    """
     layer = dense.base_model.get_submodule(f"{layers}.{index}")
     targets = [_Target() for _ in groups]
     for call in calls:
@@ -129,11 +132,12 @@ def _targets(
                 stack.enter_context(watch(dense, group, junction, call))
                 for group, junction in zip(groups, junctions, strict=True)
             ]
-            read = [stack.enter_context(reading(dense, group, call)) for group in groups]
+            if inlets:
+                for group, target in zip(groups, targets, strict=True):
+                    target.read.append(stack.enter_context(reading(dense, group, call)))
             output = call.run(layer, index)
         call.go_on(output, index)
-        for target, junction, [seen], own in zip(targets, junctions, watched, read, strict=True):
-            target.read.append(own)
+        for target, junction, [seen] in zip(targets, junctions, watched, strict=True):
             target.sums.append(seen.sum)
             if junction.scaling is not None:
                 gain = (seen.joined / seen.output).nan_to_num(0.0, 0.0, 0.0)
