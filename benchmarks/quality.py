@@ -4,11 +4,11 @@ and after distillation.
     python scripts/fetch_quickstart.py && python benchmarks/quality.py
 
 prints, for every budget of the encoder's MACs, the points of test accuracy lost against the dense
-model: after removal alone, after compensation by the scores or on the data, and by the first criterion also after distillation
-at the budgets in --distill; mean and spread over the seeds. It draws the curve after compensation.
-Random and magnitude stand beside the others: what does not beat them is not worth its time. Every
-seed fine-tunes its own dense classifier once. All that is measured stays in
-runs/benchmark-quality/: a second call goes on where the first one stopped.
+model: after removal alone, after compensation by the scores or on the data, and by the first
+criterion also after distillation at the budgets in --distill; mean and spread over the seeds. It
+draws the curve after compensation. Random and magnitude stand beside the others: what does not beat
+them is not worth its time. Every seed fine-tunes its own dense classifier once. All that is
+measured stays in runs/benchmark-quality/: a second call goes on where the first one stopped.
 """
 
 from __future__ import annotations
