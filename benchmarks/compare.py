@@ -293,7 +293,11 @@ def remains(rows: Mapping[str, Sequence[Result]]) -> str:
         macs, params = ([r.macs for r in results], [r.params for r in results])
         return f"{100 * statistics.mean(macs):.1f} / {100 * statistics.mean(params):.1f}"
 
-    removed = {row: results for row, results in rows.items() if not row.endswith(", compensated")}
+    removed = {
+        row: results
+        for row, results in rows.items()
+        if row.endswith(", removed") or not row.startswith("hfprune")
+    }
     return table("MACs / parameters of the encoder that are left (%), mean:", removed, shares)
 
 
