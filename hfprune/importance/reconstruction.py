@@ -37,6 +37,9 @@ DAMPING = 0.01
 TOKENS_PER_COLUMN = 2
 """From how many calibration tokens the second moments of an outlet's inputs are taken."""
 
+_LEAST_TOKENS = 128
+"""Of a narrow outlet; so few tokens cost nothing."""
+
 _STEPS = 50
 """Units go in so many steps; those of one step in the order of their errors before it."""
 
@@ -136,7 +139,8 @@ class MomentSums:
         """How many of a batch's tokens make up its share."""
         if self._batches is None:
             return given
-        return min(given, math.ceil(TOKENS_PER_COLUMN * columns / self._batches))
+        wanted = max(TOKENS_PER_COLUMN * columns, _LEAST_TOKENS)
+        return min(given, math.ceil(wanted / self._batches))
 
     def reduce(self, groups: Iterable[tuple[Group, int, int]], device: torch.device) -> None:
         """Add up the sums of all processes, for groups with their numbers of columns and outputs;
