@@ -21,7 +21,6 @@ refitted by itself to its own dense output, which is what `reconstruction` ranks
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +38,7 @@ from hfprune.recovery.inlets import inlets_of
 from hfprune.recovery.layer_calls import HELD_OUT
 from hfprune.recovery.least_squares import UNJUDGED, Moments, ridge
 from hfprune.recovery.origin import Origin
-from hfprune.recovery.rows import as_rows, has_bias, write_rows
+from hfprune.recovery.rows import as_rows, has_bias, put_back, write_rows
 from hfprune.recovery.sweep import sweep
 from hfprune.recovery.token_weights import token_weights
 from hfprune.structure.cost import Selection
@@ -135,10 +134,9 @@ def _by_moments(origin: Origin, scores: Scores) -> None:
 @contextmanager
 def _all_or_nothing(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Give modules the weights back that they had, if something is raised."""
-    before = [copy.deepcopy(module.state_dict()) for module in modules]
+    restore = put_back(modules)
     try:
         yield
     except BaseException:
-        for module, state in zip(modules, before, strict=True):
-            module.load_state_dict(state)
+        restore()
         raise

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import nn
 
@@ -22,6 +25,17 @@ def write_rows(linear: nn.Module, rows: torch.Tensor) -> None:
     weight.copy_(rows[:-1] if axis_of(linear, 1) == 0 else rows[:-1].T)
     if has_bias(linear):
         linear.bias.copy_(rows[-1])  # type: ignore[operator]
+
+
+def put_back(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """What gives modules the weights back that they have now."""
+    before = [(module, copy.deepcopy(module.state_dict())) for module in modules]
+
+    def restore() -> None:
+        for module, state in before:
+            module.load_state_dict(state)
+
+    return restore
 
 
 def has_bias(linear: nn.Module) -> bool:

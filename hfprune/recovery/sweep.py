@@ -4,7 +4,6 @@ refitted layers before it really give.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from hfprune.recovery.junctions import Junction, junction_of, watch
 from hfprune.recovery.layer_calls import LayerCall, Reached, advance, layer_calls
 from hfprune.recovery.least_squares import Moments, best_fit
 from hfprune.recovery.origin import Origin
-from hfprune.recovery.rows import as_rows, has_bias, write_rows
+from hfprune.recovery.rows import as_rows, has_bias, put_back, write_rows
 from hfprune.recovery.token_weights import Weights
 from hfprune.structure.anatomy import Group
 from hfprune.structure.architectures import row_of
@@ -175,15 +174,13 @@ class _Place:
         """
         rows, error = self._best_outlet()
         if inlets:
-            modules = inlets_of(self.origin.pruned, self.group).values()
-            before = [copy.deepcopy(module.state_dict()) for module in modules]
+            restore = put_back(inlets_of(self.origin.pruned, self.group).values())
             refit_inlets(self.origin, self.group, self.calls, self.target.read, self.counts)
             with_them, then = self._best_outlet()
             if then < error:
                 rows = with_them
             else:
-                for module, state in zip(modules, before, strict=True):
-                    module.load_state_dict(state)
+                restore()
         write_rows(outlet_of(self.origin.pruned, self.group), rows)
 
     def _best_outlet(self) -> tuple[torch.Tensor, float]:

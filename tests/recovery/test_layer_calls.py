@@ -23,7 +23,7 @@ def states_of(model, batch, path):
 
 
 @pytest.mark.parametrize(
-    "family", ["bert", "gemma3_text", "modernbert", "t5", "gpt2", "vit", "bloom"]
+    "family", ["bert", "gemma3_text", "modernbert", "t5", "gpt2", "vit", "bloom", "qwen3_vl"]
 )
 def test_layer_by_layer_is_the_whole_model(family):
     model = tiny.model(family).eval()
