@@ -44,7 +44,8 @@ from hfprune.importance.losses import (
     loss_named,
     padding_mask,
 )
-from hfprune.importance.reconstruction import Joint, MomentSums
+from hfprune.importance.moments import MomentSums
+from hfprune.importance.reconstruction import Joint
 from hfprune.importance.scores import Scores
 from hfprune.structure.anatomy import (
     Anatomy,
@@ -129,8 +130,8 @@ def score(
         halves.append(pair)
         for name, function in wanted.items():
             importance[name][part.name] = _by_unit(name, function, part, whole)
-        if joint and (own := joint.moments.pop(part.name, None)) and moments:
-            kept[part.name] = own.inputs.cpu()
+        if moments and whole.joint:
+            kept[part.name] = whole.joint.moments.inputs.cpu()
     agreement: dict[str, float] = {}
     for name, function in HALVED.items():
         if name in wanted and gathering.examples > 1:
@@ -353,7 +354,7 @@ class Gathering:
         if self.joint is None or isinstance(group, Block) or not group.units:
             return None
         return Joint(
-            self.joint.moments[group.name],
+            self.joint.take(group),
             _outlet_rows(self._model, group),
             group.units,
             bias=getattr(outlet_of(self._model, group), "bias", None) is not None,

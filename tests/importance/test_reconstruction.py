@@ -5,14 +5,8 @@ import tiny
 import torch
 
 from hfprune.importance.gates import frozen, gate_gradients, outlet_of, output_gradients
-from hfprune.importance.reconstruction import (
-    DAMPING,
-    Joint,
-    Moments,
-    MomentSums,
-    drawn_tokens,
-    removal_errors,
-)
+from hfprune.importance.moments import Moments, MomentSums, drawn_tokens
+from hfprune.importance.reconstruction import DAMPING, Joint, removal_errors
 from hfprune.importance.scoring import rank_correlation, score
 from hfprune.structure.anatomy import Anatomy
 
@@ -87,7 +81,7 @@ def moments_of(model, batches):
         for batch in batches:
             sums.start(batch)
             (model(**batch).loss * len(batch["labels"])).backward()
-    return sums.moments
+    return {group.name: sums.take(group) for group in anatomy}
 
 
 def padded(model):
@@ -142,9 +136,8 @@ def test_the_size_of_a_tokens_output_decides_nothing():
         sums.start(batch)
         sums.receive(group, (outputs * scale).norm(dim=-1), inputs * scale, gradient / scale)
         # The constant one of the bias has no such scale.
-        found.append(
-            (sums.moments[group.name].inputs[:-1, :-1], sums.moments[group.name].gradients)
-        )
+        moments = sums.take(group)
+        found.append((moments.inputs[:-1, :-1], moments.gradients))
     torch.testing.assert_close(found[1], found[0], **CLOSE)
 
 
@@ -194,6 +187,28 @@ def test_moments_of_drawn_tokens_order_units_as_those_of_all_do():
         sums = MomentSums(model, batches)
         sums.start(batch)
         sums.receive(group, (inputs @ weight).norm(dim=-1), inputs, gradient)
-        found.append(removal_errors(Joint(sums.moments[group.name], weight, columns, bias=False)))
+        found.append(removal_errors(Joint(sums.take(group), weight, columns, bias=False)))
     assert not torch.equal(*found)
     assert rank_correlation(*found) > 0.95
+
+
+def test_moments_of_wide_outlets_are_the_sum_over_batches():
+    """More columns than are multiplied at once, and rows that wait for others."""
+    model = tiny.model("llama").double()
+    group = next(iter(Anatomy.of(model)))
+    draw = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)  # noqa: E731
+    size, inputs, gradient = normal(5, 90).exp(), normal(5, 90, 600), normal(5, 90, 300)
+    sums = MomentSums(model)
+    for example in range(5):
+        own = slice(example, example + 1)
+        sums.start({"input_ids": torch.zeros(1, 90, dtype=torch.long)})
+        sums.receive(group, size[own], inputs[own], gradient[own])
+    found = sums.take(group)
+    relative = gradient * size[..., None]
+    weight = relative.square().sum(dim=-1)
+    weight = (weight + weight.mean(dim=1, keepdim=True)) / 2
+    one = torch.cat([inputs, torch.ones(5, 90, 1)], dim=-1) / size[..., None]
+    expected = torch.einsum("et,eti,etj->ij", weight, one, one)
+    torch.testing.assert_close(found.inputs, expected)
+    torch.testing.assert_close(found.gradients, torch.einsum("eti,etj->ij", relative, relative))
