@@ -104,7 +104,7 @@ def measure_side_by_side(
     """Measure models against each other on the same batches.
 
     The timed runs take turns (A B C A B C ...), so a machine that slows down for a while slows
-    them all and not one of them. Memory is read in a fresh process per folder.
+    them all and not one of them. Memory is read in a fresh process.
 
     Args:
         models: By name.
@@ -146,14 +146,18 @@ def measure_side_by_side(
             for size, batch in batches.items()
         }
         energy = energy_per_example(models, largest)
-        for name, model in models.items():
-            device = next(model.parameters()).device
+        devices = {name: str(next(model.parameters()).device) for name, model in models.items()}
+        peaks: dict[str, int | None] = {}
+        for device in set(devices.values()):
+            there = {name: folder for name, folder in folders.items() if devices[name] == device}
+            peaks |= zip(there, peak_memory(list(there.values()), largest, device), strict=True)
+        for name in models:
             folder = folders.get(name)
             measured[name] = Measurement(
-                device=str(device),
+                device=devices[name],
                 threads=torch.get_num_threads(),
                 latency={size: latency[size][name] for size in batches},
-                peak_memory=peak_memory(folder, largest, device) if folder else None,
+                peak_memory=peaks.get(name),
                 file_bytes=file_bytes(folder) if folder else None,
                 energy_per_example=energy.get(name),
                 latency_by_length={
@@ -203,9 +207,12 @@ def check_length(model: torch.nn.Module, batch: Mapping[str, torch.Tensor], toke
 
 
 def peak_memory(
-    folder: str | Path, batch: Mapping[str, torch.Tensor], device: str | torch.device = "cpu"
-) -> int | None:
-    """Bytes a saved model needs at its peak, from loading it to the end of one forward pass.
+    folders: Sequence[str | Path],
+    batch: Mapping[str, torch.Tensor],
+    device: str | torch.device = "cpu",
+) -> list[int | None]:
+    """Bytes that saved models need at their peak, each from loading it to the end of one forward
+    pass.
 
     On the CPU: how far the resident memory of a fresh process rises above what it was just before
     loading. That process has loaded and run the model once already and freed it, so that
@@ -215,13 +222,16 @@ def peak_memory(
     allocator held at most.
 
     Args:
-        folder: A saved model, loaded by `hfprune.from_pretrained`.
-        batch: What to run it on; labels are left out.
-        device: Where to run it.
+        folders: Saved models, loaded by `hfprune.from_pretrained` one after another in the same
+            process, whose start takes longer than a small model.
+        batch: What to run them on; labels are left out.
+        device: Where to run them.
 
     Raises:
-        HfpruneError: The model does not load or run in the fresh process.
+        HfpruneError: A model does not load or run in the fresh process.
     """
+    if not folders:
+        return []
     import torch
     from safetensors.torch import save_file
 
@@ -230,7 +240,7 @@ def peak_memory(
         tensors = model_inputs(batch, torch.device("cpu"))
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, inputs)
         run = subprocess.run(
-            [sys.executable, "-m", __name__, str(folder), str(inputs), str(device)],
+            [sys.executable, "-m", __name__, str(device), str(inputs), *map(str, folders)],
             # Freed tensors go back to the system at once, and not to a heap that hides them.
             env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
             capture_output=True,
@@ -239,9 +249,9 @@ def peak_memory(
         )
     if run.returncode:
         reason = (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]
-        raise HfpruneError(f"Peak memory of {str(folder)!r} could not be measured: {reason}")
-    peak: int | None = json.loads(run.stdout.splitlines()[-1])
-    return peak
+        raise HfpruneError(f"Peak memory could not be measured: {reason}")
+    peaks: list[int | None] = json.loads(run.stdout.splitlines()[-1])
+    return peaks
 
 
 def file_bytes(folder: str | Path) -> int:
@@ -317,14 +327,13 @@ def _examples(batch: Mapping[str, torch.Tensor]) -> int:
     return len(next(iter(batch.values())))
 
 
-def _peak_in_this_process(folder: str, inputs_file: str, device: str) -> int | None:
-    """What `peak_memory` returns, measured in this process: meant for a fresh one."""
+def _peak_in_this_process(
+    folder: str, inputs: Mapping[str, torch.Tensor], device: str
+) -> int | None:
+    """What `peak_memory` returns of one model, measured in this process: meant for a fresh one."""
     import torch
-    from safetensors.torch import load_file
 
     from hfprune.structure.checkpoint import from_pretrained
-
-    inputs = load_file(inputs_file, device=device)
 
     def load_and_run() -> None:
         model: torch.nn.Module = from_pretrained(folder)
@@ -333,6 +342,7 @@ def _peak_in_this_process(folder: str, inputs_file: str, device: str) -> int | N
             model(**inputs)
 
     if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         load_and_run()
         return torch.cuda.max_memory_allocated(device) - before
@@ -347,6 +357,19 @@ def _peak_in_this_process(folder: str, inputs_file: str, device: str) -> int | N
         return None
 
 
+def _peaks_in_this_process(device: str, inputs_file: str, *folders: str) -> list[int | None]:
+    from safetensors.torch import load_file
+
+    inputs, peaks = load_file(inputs_file, device=device), []
+    for folder in folders:
+        try:
+            peaks.append(_peak_in_this_process(folder, inputs, device))
+        except Exception as error:
+            raise HfpruneError(f"{folder}: {error}") from error
+        gc.collect()
+    return peaks
+
+
 def _resident(field: str) -> int:
     """Bytes of this process: `VmRSS` (now) or `VmHWM` (at most so far).
 
@@ -358,4 +381,4 @@ def _resident(field: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_peak_in_this_process(*sys.argv[1:])))
+    print(json.dumps(_peaks_in_this_process(*sys.argv[1:])))

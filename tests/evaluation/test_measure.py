@@ -108,8 +108,8 @@ def test_peak_memory_is_the_weights_and_the_activations(saved):
     # One FFN activation: 32 sentences, 8 tokens, 32768 neurons of 4 bytes. Two are alive at once,
     # before and after GELU; torch itself, some 200 MiB, must not be in the figure.
     activation = 32 * 8 * 32768 * 4
-    peak = peak_memory(folder, batch_of(32))
-    assert weights + activation <= peak < weights + 2 * activation + 12 * MIB
+    for peak in peak_memory([folder, folder], batch_of(32)):  # the first leaves nothing behind
+        assert weights + activation <= peak < weights + 2 * activation + 12 * MIB
 
 
 def test_a_process_that_fails_says_why(saved, tmp_path, monkeypatch):
@@ -118,12 +118,17 @@ def test_a_process_that_fails_says_why(saved, tmp_path, monkeypatch):
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(HfpruneError, match="could not be measured: OSError: no config"):
-        peak_memory(saved[1], batch_of(1))
+        peak_memory([saved[1]], batch_of(1))
+
+
+def test_the_folder_that_fails_is_named(saved, tmp_path):
+    with pytest.raises(HfpruneError, match=f"could not be measured: .*{tmp_path}"):
+        peak_memory([saved[1], tmp_path], batch_of(1))
 
 
 def test_folder_figures_are_part_of_the_measurement(saved, monkeypatch):
     model, folder = saved
-    monkeypatch.setattr(measure, "peak_memory", lambda *given: 123 if given[0] == folder else None)
+    monkeypatch.setattr(measure, "peak_memory", lambda folders, *_: [123 for _ in folders])
     measured = measure_side_by_side(
         {"dense": model, "other": model},
         {1: batch_of(1), 2: batch_of(2)},
