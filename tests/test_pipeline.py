@@ -291,6 +291,7 @@ run(sys.argv[1], until="distilled")
 """
 
 
+@pytest.mark.slow
 def test_a_killed_distillation_goes_on_where_it_was(copied, tmp_path):
     shutil.rmtree(at(copied, "distilled"))
     longer = changed(copied, "distill", epochs=6.0)
@@ -443,6 +444,7 @@ def test_data_that_cannot_serve(rows, message, finetuned, recipe, tmp_path):
     assert files(at(recipe)) == ["steps.json"]
 
 
+@pytest.mark.slow
 def test_the_commit_that_a_hub_id_stood_for_is_kept(recipe, tmp_path):
     """From the Hub's cache, laid out as the client lays it out."""
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -555,6 +557,7 @@ def test_data_of_another_kind_are_judged_besides(compared):
     assert "Quality on others" in at(recipe, "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_uniform_run_needs_no_hfprune_to_load(tmp_path):
     prune = {"budget": "params=70%", "uniform": True, "protect": []}
     recipe = generation(tmp_path, prune=prune, distill=None)

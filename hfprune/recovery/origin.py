@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -58,25 +58,27 @@ class Origin:
             group.stack, self.layers[group.stack][group.layer][0], group.kind, group.part
         ]
 
+    def knows(self, group: Group) -> bool:
+        """Whether it is known which of its twin's units a pruned group still has."""
+        return group.units == len(self._stayed(group))
+
     def units(self, group: Group) -> Sequence[int]:
         """Those of its twin's units that a pruned group still has, ascending.
 
         Raises:
             HfpruneError: some went, and `kept` does not say which.
         """
-        twin = self.twin(group)
-        stayed = sorted(self.kept.get(twin.name, range(twin.units)))
-        if len(stayed) != group.units:
+        if not self.knows(group):
+            twin = self.twin(group)
             raise HfpruneError(
                 f"{twin.name} keeps {group.units} of its {twin.units} {twin.kind}s; say which of"
                 " them, compensate(..., kept=plan.keep)."
             )
-        return stayed
+        return sorted(self._stayed(group))
 
-    def knows(self, group: Group) -> bool:
-        """Whether it is known which of its twin's units a pruned group still has."""
+    def _stayed(self, group: Group) -> Collection[int]:
         twin = self.twin(group)
-        return group.units == len(self.kept.get(twin.name, range(twin.units)))
+        return self.kept.get(twin.name, range(twin.units))
 
     def changed(self, stack: int) -> list[Group]:
         """The groups of a pruned stack that lost units, or whose layer lost experts or moved."""

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from hfprune.errors import CheckpointError, DataError, HfpruneError
@@ -121,9 +122,10 @@ def test_a_process_that_fails_says_why(saved, tmp_path, monkeypatch):
         peak_memory([saved[1]], batch_of(1))
 
 
-def test_the_folder_that_fails_is_named(saved, tmp_path):
-    with pytest.raises(HfpruneError, match=f"could not be measured: .*{tmp_path}"):
-        peak_memory([saved[1], tmp_path], batch_of(1))
+def test_the_folder_that_fails_is_named(tmp_path):
+    save_file(batch_of(1), tmp_path / "inputs")
+    with pytest.raises(HfpruneError, match=f"{tmp_path}: .*config.json"):
+        measure._peaks_in_this_process("cpu", str(tmp_path / "inputs"), str(tmp_path))
 
 
 def test_folder_figures_are_part_of_the_measurement(saved, monkeypatch):

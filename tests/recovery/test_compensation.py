@@ -18,17 +18,17 @@ from hfprune.structure.surgery import copy_and_cut
 FAMILIES = ["bert", "llama", "gpt2", "gemma3_text", "t5"]
 
 
-def batches(model, count=6, tokens=11, seed=0):
-    """Batches of four examples whose last tokens are padding in every other example."""
+def batches(model, count=6, tokens=11, seed=0, examples=4):
+    """Batches of examples whose last tokens are padding in every other one."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for _ in range(count):
-        ids = torch.randint(3, tiny.VOCABULARY, (4, tokens), generator=generator)
+        ids = torch.randint(3, tiny.VOCABULARY, (examples, tokens), generator=generator)
         mask = torch.ones_like(ids)
         mask[1::2, tokens - 3 :] = 0
         batch = {"input_ids": ids.where(mask.bool(), 0), "attention_mask": mask}
         if model.config.is_encoder_decoder:
-            answer = torch.randint(3, tiny.VOCABULARY, (4, 7), generator=generator)
+            answer = torch.randint(3, tiny.VOCABULARY, (examples, 7), generator=generator)
             batch |= {
                 "decoder_input_ids": answer,
                 "decoder_attention_mask": torch.ones_like(answer),
@@ -127,7 +127,7 @@ def sums_error(dense, pruned, group, data):
 def test_the_first_outlets_error_never_grows_and_is_least_squares(family):
     """Before the first cut nothing differs, so the outlet's own output is the sum's error."""
     dense = tiny.model(family)
-    data = batches(dense, count=60)
+    data = batches(dense, examples=40)
     for group in list(Anatomy.of(dense))[:2]:
         pruned = single(dense, group, uneven(Anatomy.of(dense))[group.name])
         before = sums_error(dense, pruned, group, data)
@@ -423,7 +423,7 @@ def cut_in_the_first_layer(dense):
 
 def test_a_later_outlet_is_fitted_to_the_stream_s_error_on_what_it_really_reads():
     dense = tiny.model("llama")
-    data = batches(dense, count=60)
+    data = batches(dense, examples=40)
     refitted = compensate(dense, cut_in_the_first_layer(dense), data)
     found = {"reads": [], "stream": [], "wanted": []}
 
@@ -456,7 +456,7 @@ def test_a_later_outlet_is_fitted_to_the_stream_s_error_on_what_it_really_reads(
 
 def test_the_stream_is_made_good_through_a_norm_that_lies_between(monkeypatch):
     dense = tiny.model("gemma3_text")
-    data = batches(dense, count=20)
+    data = batches(dense, examples=14)
     pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
     through = compensate(dense, copy.deepcopy(pruned), data)
     monkeypatch.setattr(

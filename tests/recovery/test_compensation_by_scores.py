@@ -20,14 +20,14 @@ from hfprune.structure.anatomy import Anatomy, axis_of
 from hfprune.structure.surgery import copy_and_cut
 
 
-def labelled(model, count=30):
-    data = batches(model, count=count, tokens=16)
+def labelled(model, count=6):
+    data = batches(model, count, tokens=16, examples=20)
     return [
         batch | {"labels": batch.get("decoder_input_ids", batch["input_ids"])} for batch in data
     ]
 
 
-def scored(model, count=30):
+def scored(model, count=6):
     return score(model, labelled(model, count), ["reconstruction"], moments=True)
 
 

@@ -59,7 +59,7 @@ def classifier(family):
 def test_a_classifier_is_nearer_to_the_dense_one_with_them(family):
     dense = classifier(family)
     keep = uneven(Anatomy.of(dense))
-    data, fresh = batches(dense, count=100), batches(dense, count=20, seed=7)
+    data, fresh = batches(dense, examples=68), batches(dense, 1, examples=80, seed=7)
     pruned = copy_and_cut(dense, keep)
     outlets_only = compensate(dense, copy.deepcopy(pruned), data)
     both = compensate(dense, copy.deepcopy(pruned), data, keep)

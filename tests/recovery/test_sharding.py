@@ -161,6 +161,7 @@ leave()
 """
 
 
+@pytest.mark.slow
 def test_a_student_is_sharded_and_comes_back_whole(tmp_path):
     variables = FSDP | {"ACCELERATE_USE_CPU": "true"}
     for status, out, err in together(SMOKE.format(variables=variables, folder=str(tmp_path))):
