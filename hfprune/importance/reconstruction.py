@@ -21,9 +21,6 @@ DAMPING = 0.01
 _STEPS = 50
 """Units go in so many steps; those of one step in the order of their errors before it."""
 
-_TURNS_HELD = 5
-"""After so many steps the columns of the units that went are cut out, which costs a copy."""
-
 
 @dataclass(frozen=True)
 class Joint:
@@ -66,37 +63,29 @@ def _removal_errors(joint: Joint, dtype: torch.dtype) -> torch.Tensor:
     seen, directions = torch.linalg.eigh(gradients / trace)
     rows = weight @ (directions * seen.clamp(min=0).sqrt())
     width, step = len(weight) // units, max(1, units // _STEPS)
-    place = torch.arange(len(weight), device=weight.device)  # of the columns that are held
-    by_unit = place.unflatten(0, (units, width))
-    own = inverse[by_unit[:, :, None], by_unit[:, None, :]]  # (units, width, width)
+    columns = torch.arange(len(weight), device=weight.device).unflatten(0, (units, width))
+    own = inverse[columns[:, :, None], columns[:, None, :]]  # (units, width, width)
     left = torch.ones(units, dtype=torch.bool, device=weight.device)
-    shares: list[torch.Tensor] = []
+    taken, done = torch.empty_like(inverse), 0  # a column for each that is gone
     most = weight.new_zeros(())
-    for turn, first in enumerate(range(0, units, step), 1):
-        errors = _quadratic(rows.unflatten(0, (-1, width)), own).where(left, torch.inf)
-        going = errors.argsort(stable=True)[: min(step, units - first)]
-        columns = torch.arange(len(rows), device=weight.device).unflatten(0, (-1, width))
+    while done < len(weight):
+        errors = _quadratic(rows.unflatten(0, (units, width)), own).where(left, torch.inf)
+        going = errors.argsort(stable=True)[: min(step, units - done // width)]
         gone = columns[going].flatten()
-        current = inverse[place[gone]].index_select(1, place)
-        for share in shares:  # of the columns that went before
-            current.addmm_(share.index_select(1, gone).T, share, alpha=-1)
+        before = taken[:, :done]
+        current = torch.addmm(inverse[gone], before[gone], before.T, alpha=-1)
         # A Cholesky factor takes the units of a step one after another.
         factor = torch.linalg.cholesky(current[:, gone])
         added = torch.linalg.solve_triangular(factor, rows[gone], upper=False)
         steps = added.square().sum(dim=1).unflatten(0, (-1, width)).sum(dim=1)
         steps = torch.maximum(steps.cummax(dim=0).values, most)
-        importance[place[gone[::width]] // width], most = steps.double(), steps[-1]
-        left[going] = False
+        importance[going], most, left[going] = steps.double(), steps[-1], False
         now = torch.linalg.solve_triangular(factor, current, upper=False)
-        shares.append(now)
+        taken[:, done : done + len(gone)], done = now.T, done + len(gone)
         rows.addmm_(now.T, added, alpha=-1)
-        by_unit = now.unflatten(1, (-1, width))
+        by_unit = now.unflatten(1, (units, width))
         own -= torch.einsum("gui,guj->uij", by_unit, by_unit)
         own[going] = torch.eye(width, dtype=dtype, device=weight.device)
-        if turn % _TURNS_HELD == 0:
-            held = columns[left].flatten()
-            shares = [torch.cat([share.index_select(1, held) for share in shares])]
-            rows, place, own, left = rows[held], place[held], own[left], left[left]
     return importance
 
 
