@@ -19,7 +19,9 @@ def labelled(model, tokens=9):
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llava", "qwen2_vl"])
-@pytest.mark.parametrize("pruned_stacks", [{0, 1}, {0}, {1}])
+@pytest.mark.parametrize(
+    "pruned_stacks", [{0, 1}, *(pytest.param({n}, marks=pytest.mark.slow) for n in (0, 1))]
+)
 def test_a_budget_covers_both_stacks_or_one(family, pruned_stacks, tmp_path):
     model = tiny.model(family)
     batches = [labelled(model, tokens) for tokens in (7, 9)]
