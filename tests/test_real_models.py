@@ -70,10 +70,10 @@ def test_gemma_prunes_compensates_reloads_and_generates(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     forget_gguf(model)
 
-    scores = hfprune.score(model, calibration, ["fisher"])
-    # The last third of the layers: each takes half a minute.
+    scores = hfprune.score(model, calibration, ["reconstruction"])
+    # The last third of the layers: each takes half a minute to compensate.
     last = hfprune.Constraints(protect=tuple(f"layers.{n}" for n in range(12)))
-    plan = hfprune.plan(model, scores, "params=92%", "fisher", last)
+    plan = hfprune.plan(model, scores, "params=92%", constraints=last)
     pruned = hfprune.remove(model, plan)
     compensated = hfprune.remove(model, plan, compensate=calibration)
 

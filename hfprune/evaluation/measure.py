@@ -148,7 +148,7 @@ def measure_side_by_side(
         energy = energy_per_example(models, largest)
         devices = {name: str(next(model.parameters()).device) for name, model in models.items()}
         peaks: dict[str, int | None] = {}
-        for device in set(devices.values()):
+        for device in {devices[name] for name in folders}:
             there = {name: folder for name, folder in folders.items() if devices[name] == device}
             peaks |= zip(there, peak_memory(list(there.values()), largest, device), strict=True)
         for name in models:
@@ -230,8 +230,6 @@ def peak_memory(
     Raises:
         HfpruneError: A model does not load or run in the fresh process.
     """
-    if not folders:
-        return []
     import torch
     from safetensors.torch import save_file
 
@@ -341,13 +339,13 @@ def _peak_in_this_process(
         with inference(model):
             model(**inputs)
 
+    load_and_run()
+    gc.collect()
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         load_and_run()
         return torch.cuda.max_memory_allocated(device) - before
-    load_and_run()
-    gc.collect()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is now
         before = _resident("VmRSS")
@@ -365,8 +363,8 @@ def _peaks_in_this_process(device: str, inputs_file: str, *folders: str) -> list
         try:
             peaks.append(_peak_in_this_process(folder, inputs, device))
         except Exception as error:
-            raise HfpruneError(f"{folder}: {error}") from error
-        gc.collect()
+            # In one line: the last one is what the other process reads.
+            raise HfpruneError(f"{folder}: {error!r}") from error
     return peaks
 
 

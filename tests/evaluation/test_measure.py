@@ -130,7 +130,9 @@ def test_the_folder_that_fails_is_named(tmp_path):
 
 def test_folder_figures_are_part_of_the_measurement(saved, monkeypatch):
     model, folder = saved
-    monkeypatch.setattr(measure, "peak_memory", lambda folders, *_: [123 for _ in folders])
+    monkeypatch.setattr(
+        measure, "peak_memory", lambda given, *_: [123 if f == folder else None for f in given]
+    )
     measured = measure_side_by_side(
         {"dense": model, "other": model},
         {1: batch_of(1), 2: batch_of(2)},
