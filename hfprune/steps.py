@@ -435,7 +435,7 @@ class Steps:
         self.save(student, path)
 
     def make_reloaded(self, path: Path) -> None:
-        """Load the result by hfprune and without it, in fresh processes, and compare logits."""
+        """Load the result by hfprune and without it, in a fresh process, and compare logits."""
         without = "stock" if self.plan.uniform else "remote-code"
         found = reload_and_compare(
             self.folder / self.last, self.model(self.last), self.probe(), ["hfprune", without]

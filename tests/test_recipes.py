@@ -178,7 +178,7 @@ def test_a_dry_run_of_the_others(path, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [p for p in SHIPPED if name_of(p) in WHOLE], ids=name_of)
 def test_a_dry_run_to_the_report(path, tmp_path):
-    """With the reload in fresh processes, by hfprune and without it."""
+    """With the reload in a fresh process, by hfprune and without it."""
     recipe = dry(path, tmp_path)
     report = hfprune.run(recipe, say=str)
     result = check_result(recipe)

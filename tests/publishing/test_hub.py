@@ -41,7 +41,7 @@ TOUCHED = re.compile(r"PUT |POST /api/(repos/create|models/.*/(commit|branch|pre
 
 
 def quietly(source, repo="me/model", **options):
-    """Publish without loading the result in fresh processes, which takes seconds."""
+    """Publish without loading the result in a fresh process, which takes seconds."""
     return publish(source, repo, **{"verify": False, "say": lambda line: None} | options)
 
 
