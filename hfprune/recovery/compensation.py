@@ -36,7 +36,7 @@ from hfprune.importance.losses import Batch, examples_in
 from hfprune.importance.scores import Scores
 from hfprune.recovery.inlets import inlets_of
 from hfprune.recovery.layer_calls import HELD_OUT
-from hfprune.recovery.least_squares import UNJUDGED, Moments, ridge
+from hfprune.recovery.least_squares import UNJUDGED, NormalEquations, ridge
 from hfprune.recovery.origin import Origin
 from hfprune.recovery.rows import as_rows, has_bias, put_back, write_rows
 from hfprune.recovery.sweep import sweep
@@ -127,7 +127,9 @@ def _by_moments(origin: Origin, scores: Scores) -> None:
             of_units = columns[:-1].unflatten(0, (twin.units, twin.columns))
             stay = torch.cat([of_units[units[group.name]].flatten(), columns[-1:]])
             inputs = scores.moments[twin.name].to(current)[stay]
-            wanted = Moments(inputs[:, stay], inputs @ as_rows(outlet_of(origin.dense, twin)))
+            wanted = NormalEquations(
+                inputs[:, stay], inputs @ as_rows(outlet_of(origin.dense, twin))
+            )
             write_rows(outlet, ridge(wanted, current, UNJUDGED, has_bias(outlet)))
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfprune.recovery.layer_calls import LayerCall, Reached
-from hfprune.recovery.least_squares import Moments, best_fit
+from hfprune.recovery.least_squares import NormalEquations, best_fit
 from hfprune.recovery.origin import Origin
 from hfprune.recovery.rows import as_rows, has_bias, write_rows
 from hfprune.structure.anatomy import Group
@@ -90,18 +90,20 @@ def refit_inlets(
     if not ours:
         return
     rows = kept_rows(slices(origin.dense, twin), units, twin.kv_of(units))
-    sums: dict[tuple[str, ...], tuple[Moments, Moments]] = {}
+    sums: dict[tuple[str, ...], tuple[NormalEquations, NormalEquations]] = {}
     for batch, call in enumerate(calls):
         with reading(origin.pruned, group, call, stop=True) as now, suppress(Reached):
             call.run(layer_of(origin.pruned, group), group.layer)
         for paths in now.keys() & read[batch].keys():
             both = torch.cat([now[paths], read[batch][paths]], dim=1)
             empty = both.new_zeros(both.shape[1] + 1, 0, dtype=torch.float64)
-            pair = sums.setdefault(paths, (Moments.like(empty), Moments.like(empty)))
-            for moments, where in zip(pair, (~call.held, call.held), strict=True):
-                moments.add(both[where], both[where, :0], counts[batch][where])
+            pair = sums.setdefault(
+                paths, (NormalEquations.like(empty), NormalEquations.like(empty))
+            )
+            for equations, where in zip(pair, (~call.held, call.held), strict=True):
+                equations.add(both[where], both[where, :0], counts[batch][where])
     for paths, (fit, held) in sums.items():
-        whole = Moments.like(fit.cross)
+        whole = NormalEquations.like(fit.cross)
         whole.absorb(fit)
         whole.absorb(held)
         for path in paths:
@@ -114,13 +116,13 @@ def refit_inlets(
                 len(current) - 1,
                 has_bias(ours[path]),
             )
-            moments = _through(whole, wanted)
-            solution = chosen(moments)
-            if moments.error(solution) < moments.error(current):
+            equations = _through(whole, wanted)
+            solution = chosen(equations)
+            if equations.error(solution) < equations.error(current):
                 write_rows(ours[path], solution)
 
 
-def _through(both: Moments, wanted: torch.Tensor) -> Moments:
+def _through(both: NormalEquations, wanted: torch.Tensor) -> NormalEquations:
     """From the moments of the pruned and the dense stream, side by side, those of regressing on the
     one what weights (features + 1, outputs) make of the other.
     """
@@ -129,7 +131,7 @@ def _through(both: Moments, wanted: torch.Tensor) -> Moments:
     one = wanted.new_full((1,), 2 * features, dtype=torch.long)
     ours, theirs = torch.cat([first, one]), torch.cat([first + features, one])
     targets = (wanted * (both.inputs[theirs][:, theirs] @ wanted)).sum()
-    return Moments(
+    return NormalEquations(
         both.inputs[ours][:, ours],
         both.inputs[ours][:, theirs] @ wanted,
         float(targets),

@@ -1,4 +1,4 @@
-"""Ridge regression from second moments: what is fitted may be any number of positions long."""
+"""Ridge regression from normal equations: what is fitted may be any number of positions long."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNJUDGED = 1e-1
 
 
 @dataclass
-class Moments:
+class NormalEquations:
     """Weighted sums over positions of products of inputs (with a one appended for the bias) and
     targets.
 
@@ -39,9 +39,11 @@ class Moments:
     count: int = 0
 
     @staticmethod
-    def like(weights: torch.Tensor) -> Moments:
+    def like(weights: torch.Tensor) -> NormalEquations:
         """Of no position yet, for weights (columns + 1, outputs) float64."""
-        return Moments(weights.new_zeros(len(weights), len(weights)), torch.zeros_like(weights))
+        return NormalEquations(
+            weights.new_zeros(len(weights), len(weights)), torch.zeros_like(weights)
+        )
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> None:
         """Count positions in, (positions, columns) and (positions, outputs), each by its weight,
@@ -56,7 +58,7 @@ class Moments:
         self.targets += float(y.double().square().sum())
         self.count += len(x)
 
-    def absorb(self, other: Moments) -> None:
+    def absorb(self, other: NormalEquations) -> None:
         """Count in what another has counted."""
         self.inputs += other.inputs
         self.cross += other.cross
@@ -84,11 +86,13 @@ class Moments:
         return (float(fitted) + self.targets) / max(1, self.count)
 
 
-Fit = Callable[[Moments], torch.Tensor]
-"""From moments to weights (columns + 1, outputs), the bias last."""
+Fit = Callable[[NormalEquations], torch.Tensor]
+"""From normal equations to weights (columns + 1, outputs), the bias last."""
 
 
-def best_fit(fit: Moments, held: Moments, current: torch.Tensor, units: int, bias: bool) -> Fit:
+def best_fit(
+    fit: NormalEquations, held: NormalEquations, current: torch.Tensor, units: int, bias: bool
+) -> Fit:
     """What does best on held-out positions: a ridge towards the current weights, one scale for each
     unit, or the current weights as they are.
 
@@ -108,14 +112,16 @@ def best_fit(fit: Moments, held: Moments, current: torch.Tensor, units: int, bia
     return min(candidates, key=lambda candidate: held.error(candidate(fit)))
 
 
-def ridge(moments: Moments, current: torch.Tensor, size: float, bias: bool) -> torch.Tensor:
+def ridge(
+    equations: NormalEquations, current: torch.Tensor, size: float, bias: bool
+) -> torch.Tensor:
     """Ridge regression towards the current weights."""
-    columns = len(moments.inputs) - 1
+    columns = len(equations.inputs) - 1
     used = columns + 1 if bias else columns
-    pull = size * _scale(moments.inputs.diagonal()[:columns])
-    gram = moments.inputs[:used, :used].clone()
+    pull = size * _scale(equations.inputs.diagonal()[:columns])
+    gram = equations.inputs[:used, :used].clone()
     gram.diagonal()[:columns] += pull
-    cross = moments.cross[:used].clone()
+    cross = equations.cross[:used].clone()
     cross[:columns] += pull * current[:columns]
     if bias:  # free, but for what makes it one solution
         slight = 1e-9 * gram[-1, -1].clamp(min=1.0)
@@ -125,7 +131,7 @@ def ridge(moments: Moments, current: torch.Tensor, size: float, bias: bool) -> t
     return solution if bias else torch.cat([solution, current[used:]])
 
 
-def scaled(moments: Moments, current: torch.Tensor, units: int) -> torch.Tensor:
+def scaled(equations: NormalEquations, current: torch.Tensor, units: int) -> torch.Tensor:
     """The current weights, the columns of every unit times one number, by least squares.
 
     Kwon et al. 2022, arXiv:2204.09656, section 3.4: fewer numbers than a regression has, for when
@@ -134,10 +140,10 @@ def scaled(moments: Moments, current: torch.Tensor, units: int) -> torch.Tensor:
     columns = len(current) - 1
     rows = current[:columns]
     by_unit = (units, columns // units if units else 0)
-    gram = (rows @ rows.T).mul_(moments.inputs[:columns, :columns])
+    gram = (rows @ rows.T).mul_(equations.inputs[:columns, :columns])
     if units < columns:
         gram = gram.unflatten(1, by_unit).sum(2).unflatten(0, by_unit).sum(1)
-    wanted = moments.cross[:columns] - torch.outer(moments.inputs[:columns, -1], current[-1])
+    wanted = equations.cross[:columns] - torch.outer(equations.inputs[:columns, -1], current[-1])
     cross = (rows * wanted).sum(dim=1).unflatten(0, by_unit).sum(dim=1)
     pull = RIDGES[0] * _scale(gram.diagonal())
     gram.diagonal().add_(pull)
@@ -145,7 +151,7 @@ def scaled(moments: Moments, current: torch.Tensor, units: int) -> torch.Tensor:
     return torch.cat([rows * scales.repeat_interleave(by_unit[1], dim=0), current[columns:]])
 
 
-def _unchanged(moments: Moments, current: torch.Tensor) -> torch.Tensor:
+def _unchanged(equations: NormalEquations, current: torch.Tensor) -> torch.Tensor:
     return current
 
 

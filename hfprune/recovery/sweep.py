@@ -18,7 +18,7 @@ from hfprune.importance.losses import Batch, is_decoder
 from hfprune.recovery.inlets import Read, inlets_of, reading, refit_inlets
 from hfprune.recovery.junctions import Junction, junction_of, watch
 from hfprune.recovery.layer_calls import LayerCall, Reached, advance, layer_calls
-from hfprune.recovery.least_squares import Moments, best_fit
+from hfprune.recovery.least_squares import NormalEquations, best_fit
 from hfprune.recovery.origin import Origin
 from hfprune.recovery.rows import as_rows, has_bias, put_back, write_rows
 from hfprune.recovery.token_weights import Weights
@@ -190,15 +190,15 @@ class _Place:
         group, pruned = self.group, self.origin.pruned
         outlet = outlet_of(pruned, group)
         current = as_rows(outlet)
-        fit, held = Moments.like(current), Moments.like(current)
+        fit, held = NormalEquations.like(current), NormalEquations.like(current)
         for batch, call in enumerate(self.calls):
             watching = watch(pruned, group, self.junction, call, stop=True)
             with watching as found, suppress(Reached):
                 call.run(layer_of(pruned, group), group.layer)
             [seen] = found
             wanted = self.target.wanted(batch, seen.sum - seen.joined)
-            for moments, where in ((fit, ~call.held), (held, call.held)):
-                moments.add(seen.input[where], wanted[where], self.counts[batch][where])
+            for equations, where in ((fit, ~call.held), (held, call.held)):
+                equations.add(seen.input[where], wanted[where], self.counts[batch][where])
             if not (fit.is_finite() and held.is_finite()):
                 raise DataError(
                     f"{group.outlet}: its inputs, or what it should give, are not finite in"

@@ -10,7 +10,7 @@ from test_compensation import assert_close_models, batches, uneven
 from hfprune.recovery.compensation import compensate
 from hfprune.recovery.inlets import _through, inlets_of, reading
 from hfprune.recovery.layer_calls import layer_calls
-from hfprune.recovery.least_squares import Moments
+from hfprune.recovery.least_squares import NormalEquations
 from hfprune.recovery.rows import as_rows
 from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.slices import kept_rows, layer_of, slices
@@ -41,7 +41,7 @@ def test_moments_of_both_streams_are_those_of_the_regression():
     draw = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)  # noqa: E731
     ours, theirs, wanted, counts = normal(40, 6), normal(40, 6), normal(7, 4), normal(40).square()
-    both, direct = Moments.like(normal(13, 0)), Moments.like(wanted)
+    both, direct = NormalEquations.like(normal(13, 0)), NormalEquations.like(wanted)
     both.add(torch.cat([ours, theirs], dim=1), normal(40, 0), counts)
     targets = torch.cat([theirs, torch.ones(40, 1, dtype=torch.float64)], dim=1) @ wanted
     direct.add(ours, targets, counts)

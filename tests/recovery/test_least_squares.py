@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hfprune.recovery.least_squares import RIDGES, Moments, best_fit, ridge, scaled
+from hfprune.recovery.least_squares import RIDGES, NormalEquations, best_fit, ridge, scaled
 
 COLUMNS, OUTPUTS, UNITS = 12, 5, 4
 
@@ -12,8 +12,10 @@ def random(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def counted(inputs: torch.Tensor, targets: torch.Tensor, parts: int = 3) -> Moments:
-    made = Moments.like(torch.zeros(inputs.shape[1] + 1, targets.shape[1], dtype=torch.float64))
+def counted(inputs: torch.Tensor, targets: torch.Tensor, parts: int = 3) -> NormalEquations:
+    made = NormalEquations.like(
+        torch.zeros(inputs.shape[1] + 1, targets.shape[1], dtype=torch.float64)
+    )
     for x, y in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
         made.add(x, y, torch.ones(len(x)))
     return made
@@ -39,7 +41,7 @@ def test_error_is_that_of_the_positions() -> None:
 def test_a_weight_counts_as_so_many_positions() -> None:
     x, y = random(40, COLUMNS, seed=0), random(40, OUTPUTS, seed=1)
     times = torch.arange(40) % 3
-    weighted = Moments.like(torch.zeros(COLUMNS + 1, OUTPUTS, dtype=torch.float64))
+    weighted = NormalEquations.like(torch.zeros(COLUMNS + 1, OUTPUTS, dtype=torch.float64))
     weighted.add(x, y, times)
     repeated = counted(x.repeat_interleave(times, dim=0), y.repeat_interleave(times, dim=0))
     torch.testing.assert_close(weighted.inputs, repeated.inputs)
