@@ -3,13 +3,13 @@ over that of a forward pass which keeps its activations.
 
     python benchmarks/scoring_cost.py .cache/minilm
     python benchmarks/scoring_cost.py .cache/gemma3-270m --gguf-file gemma-3-270m-q4_k_m.gguf \
-        --examples 4 --batch-size 2 --tokens 256 --rounds 3
+        --examples 4 --batch-size 2 --tokens 256
 
 The limit in time is about 2: a forward pass and a backward pass over activations. Full weight
 gradients, as Taylor scoring by weights needs them, stand beside it. All take turns, so that a busy
 machine slows them all, and the ratios are medians. Memory is the rise of the process's high-water
 mark above the loaded model, each way in a process of its own. A GGUF file is saved as a plain
-checkpoint for them first.
+checkpoint for them first. It prints a table and draws it in runs/benchmark-scoring-cost/.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
+from quality import ROOT
 from rich.console import Console
 from rich.table import Table
 from transformers import (
@@ -39,7 +42,10 @@ import hfprune
 from hfprune.importance.losses import Batch, labels_loss
 from hfprune.structure.fitness import forget_gguf
 
+RUNS = ROOT / "runs" / "benchmark-scoring-cost"
 FORWARD, KEEPING = "forward", "forward, activations kept"
+AIMS = {"time": 2.3, "memory": 1.3}
+"""What scoring should cost at most, over a forward pass and over one that keeps its activations."""
 
 
 def forward(model: PreTrainedModel, batches: list[Batch]) -> None:
@@ -85,10 +91,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=".cache/minilm")
     parser.add_argument("--gguf-file", help="a language model's weights in the model's folder")
-    parser.add_argument("--examples", type=int, default=256)
+    parser.add_argument("--examples", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--without", nargs="*", default=[], choices=list(WAYS)[2:], metavar="WAY")
     parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
@@ -115,17 +121,60 @@ def measure(folder: str, arguments: argparse.Namespace) -> None:
     del model
     gc.collect()
     memory = {name: peak_elsewhere(folder, name, arguments) for name in ways}
+    costs = {
+        name: Cost(
+            statistics.median(values),
+            statistics.median(a / b for a, b in zip(values, seconds[FORWARD], strict=True)),
+            memory[name] / 1e6,
+            memory[name] / memory[KEEPING],
+        )
+        for name, values in seconds.items()
+    }
+    show(costs)
+    figure = RUNS / f"{Path(arguments.model).name}-{arguments.examples}x{arguments.tokens}.png"
+    draw(costs, figure)
+    print(f"The figure is in {figure.relative_to(ROOT)}.")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one way: processor seconds over all batches, and MB; each as it is and as a ratio."""
+
+    seconds: float
+    time: float
+    megabytes: float
+    memory: float
+
+
+def show(costs: dict[str, Cost]) -> None:
+    """Print a row per way."""
     table = Table("what", "seconds", f"over {FORWARD}", "MB", f"over {KEEPING}")
-    for name, values in seconds.items():
-        ratios = [a / b for a, b in zip(values, seconds[FORWARD], strict=True)]
+    for name, cost in costs.items():
         table.add_row(
             name,
-            f"{statistics.median(values):.2f}",
-            f"{statistics.median(ratios):.2f}",
-            f"{memory[name] / 1e6:.0f}",
-            f"{memory[name] / memory[KEEPING]:.2f}",
+            f"{cost.seconds:.2f}",
+            f"{cost.time:.2f}",
+            f"{cost.megabytes:.0f}",
+            f"{cost.memory:.2f}",
         )
     Console().print(table)
+
+
+def draw(costs: dict[str, Cost], path: Path) -> None:
+    """The ratios as bars, with what they should be at most."""
+    names = list(costs)
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
+    for axes, what, base in zip(panels, ("time", "memory"), (FORWARD, KEEPING), strict=True):
+        bars = axes.barh(names, [getattr(cost, what) for cost in costs.values()])
+        axes.bar_label(bars, fmt="%.2f", padding=3)
+        axes.axvline(AIMS[what], color="gray", linestyle="--", linewidth=0.8)
+        axes.margins(x=0.15)
+        axes.set_xlabel(f"{what} over {base};\nat most {AIMS[what]} is the aim")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 @contextmanager
