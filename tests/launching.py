@@ -1,11 +1,15 @@
 """Start processes as launchers do; shared by the tests of several processes."""
 
 import gc
+import multiprocessing
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -26,6 +30,8 @@ DEEPSPEED = {  # what it sets for recipes/accelerate/deepspeed.yaml, and what CP
     "ACCELERATE_USE_CPU": "false",  # else there would be no DeepSpeed
     "DS_ACCELERATOR": "cpu",
 }
+_IMPORTED = multiprocessing.get_context("forkserver")
+_IMPORTED.set_forkserver_preload(["hfprune.cli", "hfprune.pipeline", "transformers.trainer"])
 LAUNCHER = [str(Path(sys.executable).with_name("accelerate")), "launch"]
 
 
@@ -45,40 +51,61 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start(code, rank, count, port):
-    """One of several processes that run some code, without a launcher that would stop them."""
-    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
-    values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(**values),
-    )
+def together(code, *arguments, count=2, timeout=90, **variables):
+    """(exit status, stdout, stderr) of each of `count` CPU processes that run some code, or a file,
+    as their main program, without a launcher that would stop them.
+    """
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": count}
+    common |= {"ACCELERATE_USE_CPU": "true"} | variables
+    each = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
+    return forked(code, *arguments, each=each, timeout=timeout)
 
 
-def together(code, count=2, timeout=90):
-    """(exit status, stdout, stderr) of each of `count` processes that run some code."""
-    port = free_port()
-    processes = [start(code, rank, count, port) for rank in range(count)]
-    try:
-        ended = [process.communicate(timeout=timeout) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(p.returncode, *texts) for p, texts in zip(processes, ended, strict=True)]
+def forked(code, *arguments, each=({},), timeout=90):
+    """(exit status, stdout, stderr) of processes that run some code, or a file, as their main
+    program, one for each set of variables.
+
+    They are forked from one that has only imported: that is most of what starting takes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = code if isinstance(code, Path) else Path(folder, "main.py")
+        if file is not code:
+            file.write_text(code)
+        processes = []
+        for number, variables in enumerate(each):
+            said = [Path(folder, f"{name}-{number}") for name in ("stdout", "stderr")]
+            given = (str(file), list(map(str, arguments)), environment(**variables), said)
+            processes.append((_IMPORTED.Process(target=_play, args=given), said))
+        try:
+            for process, _ in processes:
+                process.start()
+            end = time.monotonic() + timeout
+            for process, _ in processes:
+                process.join(max(0, end - time.monotonic()))
+                assert process.exitcode is not None, f"it has not ended within {timeout} s"
+            return [
+                (process.exitcode, *(path.read_text() for path in said))
+                for process, said in processes
+            ]
+        finally:
+            for process, _ in processes:
+                process.kill()
 
 
-def torchrun(file, *arguments, count=2, timeout=300, **variables):
-    """Run a file as the main program of several CPU processes."""
-    options = ["-m", "torch.distributed.run", f"--nproc-per-node={count}", "--standalone"]
-    subprocess.run(
-        [sys.executable, *options, file, *map(str, arguments)],
-        check=True,
-        timeout=timeout,
-        env=environment(**{"ACCELERATE_USE_CPU": "true"} | variables),
-    )
+def _play(file, arguments, variables, said):
+    os.environ.clear()
+    os.environ.update(variables)
+    for number, path in enumerate(said, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = [file, *arguments]
+    runpy.run_path(file, run_name="__main__")
+
+
+def succeed(ended):
+    """What processes said, if all of them ended well."""
+    for status, _, err in ended:
+        assert status == 0, err[-3000:]
+    return [out for _, out, _ in ended]
 
 
 def leave():

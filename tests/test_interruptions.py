@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import yaml
-from launching import FSDP, environment, together
+from launching import FSDP, environment, forked, together
 from test_pipeline import at, generation, leftovers, make
 
 import hfprune
@@ -77,19 +77,21 @@ def run(recipe, folder, count, moment=0, how=0, rank=0):
     """Exit status of a run on some processes, one of which ends itself at a moment: when it is
     about to make a training step, or to write or read a part of a checkpoint.
     """
-    files = [folder / "recipe.yaml", folder / "run.py"]
-    files[0].write_text(yaml.safe_dump(recipe.to_dict()))
-    files[1].write_text(DYING)
-    several = ["-m", "torch.distributed.run", f"--nproc-per-node={count}", "--standalone"]
-    launcher = [sys.executable, *(several if count > 1 else [])]
-    values = {"ACCELERATE_USE_CPU": "true", "HF_DATASETS_CACHE": folder / "cache"}
+    files = [folder / "run.py", folder / "recipe.yaml"]
+    files[0].write_text(DYING)
+    files[1].write_text(yaml.safe_dump(recipe.to_dict()))
+    arguments = [*files, moment, how, rank]
+    if count == 1 or not moment:
+        ended = forked(*arguments) if count == 1 else together(*arguments, count=count)
+        return max((status for status, _, _ in ended), key=abs)
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={count}", "--standalone"]
     return subprocess.run(
-        [*launcher, files[1], files[0], str(moment), str(how), str(rank)],
+        [sys.executable, *launcher, *map(str, arguments)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         check=False,
         timeout=180,
-        env=environment(**values),
+        env=environment(ACCELERATE_USE_CPU="true"),
     ).returncode
 
 

@@ -1,15 +1,13 @@
 """The scripts, started as users start them: alone, and by Accelerate on several processes."""
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from launching import ROOT, environment, launch, losses, together
+from launching import ROOT, forked, launch, losses, together
 from test_pipeline import at, generation
 
 import hfprune
@@ -23,15 +21,9 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 
 
 def alone(script, *arguments):
-    """(exit status, stdout, stderr) of a script that plain Python runs."""
-    ended = subprocess.run(
-        [sys.executable, ROOT / "scripts" / script, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment(),
-    )
-    return ended.returncode, ended.stdout, ended.stderr
+    """(exit status, stdout, stderr) of a script that runs by itself."""
+    (ended,) = forked(ROOT / "scripts" / script, *arguments)
+    return ended
 
 
 def test_scripts_are_short_and_the_command_line_does_the_work():

@@ -2,14 +2,13 @@
 
 import gc
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from accelerate import dispatch_model
-from launching import LAUNCHER, environment, free_port
+from launching import LAUNCHER, environment, free_port, succeed, together
 from test_gates import make
 from test_scoring import assert_same, rows
 from transformers import LlamaForCausalLM
@@ -81,21 +80,7 @@ def check(folder, alone, world):
 )
 def test_several_processes_are_one(tmp_path, world, how):
     alone = uneven(tmp_path)
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    port = free_port()
-    values = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, script, tmp_path, how], env=environment(RANK=rank, **values)
-        )
-        for rank in range(world)
-    ]
-    try:
-        assert [worker.wait(timeout=240) for worker in workers] == [0] * world
-    finally:
-        for worker in workers:
-            worker.kill()
+    succeed(together(WORKER, tmp_path, how, count=world))
     check(tmp_path, alone, world)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from hfprune.recovery.distillation import DistillationArguments, DistillationTra
 from hfprune.recovery.losses import Divergence, spread_layers
 from hfprune.recovery.parts import without_dropout
 from tests import tiny
-from tests.launching import leave, torchrun
+from tests.launching import leave, succeed, together
 from tests.trained import At
 
 VOCABULARY = 40
@@ -967,7 +968,7 @@ def two_process_main(folder):
 def test_two_processes_equal_one(tmp_path):
     by_hand, teacher = pair(llama)
     expected = reference_steps(by_hand, teacher.eval(), examples(llama, 16), steps=2)
-    torchrun(__file__, tmp_path)
+    succeed(together(Path(__file__), tmp_path))
     found, history = torch.load(tmp_path / "result.pt")
     assert_close(found, weights(by_hand), rtol=1e-4, atol=1e-6)
     keys = ("loss", "loss_task", "loss_logits", "loss_hidden")

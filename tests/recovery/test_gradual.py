@@ -4,6 +4,7 @@ import copy
 import logging
 import sys
 import warnings
+from pathlib import Path
 
 import accelerate
 import pytest
@@ -26,7 +27,7 @@ from hfprune.recovery.gradual import GradualPruning
 from hfprune.recovery.schedule import Schedule, cubic
 from hfprune.structure.anatomy import Anatomy
 from tests import tiny
-from tests.launching import leave, torchrun
+from tests.launching import leave, succeed, together
 from tests.trained import collate, examples
 
 HEADS = {
@@ -508,7 +509,7 @@ def run_in_processes(folder, batch_size):
 
 @pytest.mark.slow
 def test_two_processes_make_the_plan_of_one(tmp_path):
-    torchrun(__file__, tmp_path / "two")
+    succeed(together(Path(__file__), tmp_path / "two"))
     run_in_processes(tmp_path / "one", 4)
     one, two = (hfprune.PruningPlan.load(tmp_path / n / "plan.json") for n in ("one", "two"))
     assert one.keep == two.keep

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import BertForQuestionAnswering
 from hfprune.errors import DataError, RecipeError
 from hfprune.recovery.losses import Counted
 from hfprune.recovery.teacher_cache import ROW, Numbered, TeacherCache, numbered
-from tests.launching import leave, torchrun
+from tests.launching import leave, succeed, together
 from tests.recovery.test_distillation import (
     VOCABULARY,
     assert_close,
@@ -187,7 +188,7 @@ def two_process_main(folder):
 
 @pytest.mark.slow
 def test_two_processes_share_the_making(tmp_path):
-    torchrun(__file__, tmp_path)
+    succeed(together(Path(__file__), tmp_path))
     expected, _ = distilled(
         llama, tmp_path / "one", rows=examples(llama, 40), train_sampling_strategy="sequential"
     )
