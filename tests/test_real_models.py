@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -63,7 +64,8 @@ def test_gemma_prunes_compensates_reloads_and_generates(tmp_path):
     fetched("movie")
     recipe = Recipe.load(ROOT / "recipes" / "gemma3" / "270m-movie.yaml")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    data = blocks(load_splits(recipe.data), tokenizer, recipe.data)
+    short = dataclasses.replace(recipe.data, max_length=64)
+    data = blocks(load_splits(short), tokenizer, short)
     collate = TASKS["text-generation"].collator(tokenizer, None)
     calibration = list(Batches(data["train"], collate, 2, 6))
     test = list(Batches(data["test"], collate, 2, 4))
