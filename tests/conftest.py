@@ -21,6 +21,11 @@ hypothesis.settings.register_profile("same-examples", derandomize=True, deadline
 hypothesis.settings.load_profile("same-examples")
 
 
+def pytest_collection_modifyitems(items):
+    """The longest tests first: or one worker waits for another at the end."""
+    items.sort(key=lambda item: item.path.name != "test_real_models.py")
+
+
 TOKEN = "hf_" + "DistinctiveSecret" * 2
 
 

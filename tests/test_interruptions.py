@@ -133,14 +133,8 @@ def limited(recipe, folder, size, before=0):
     start or from a checkpoint on, counted from 1.
     """
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
-    ended = subprocess.run(
-        [sys.executable, "-c", LIMITED, folder / "recipe.yaml", str(size), str(before)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment(HF_DATASETS_CACHE=folder / "cache"),
-    )
-    return ended.returncode, ended.stderr
+    ((status, _, err),) = forked(LIMITED, folder / "recipe.yaml", size, before)
+    return status, err
 
 
 @pytest.mark.slow
