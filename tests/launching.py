@@ -72,13 +72,13 @@ def forked(code, *arguments, each=({},), timeout=90):
         if file is not code:
             file.write_text(code)
         processes = []
-        for number, variables in enumerate(each):
-            said = [Path(folder, f"{name}-{number}") for name in ("stdout", "stderr")]
-            given = (str(file), list(map(str, arguments)), environment(**variables), said)
-            processes.append((_IMPORTED.Process(target=_play, args=given), said))
         try:
-            for process, _ in processes:
+            for number, variables in enumerate(each):
+                said = [Path(folder, f"{name}-{number}") for name in ("stdout", "stderr")]
+                given = (str(file), list(map(str, arguments)), environment(**variables), said)
+                process = _IMPORTED.Process(target=_play, args=given)
                 process.start()
+                processes.append((process, said))
             end = time.monotonic() + timeout
             for process, _ in processes:
                 process.join(max(0, end - time.monotonic()))
