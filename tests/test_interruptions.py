@@ -204,13 +204,12 @@ def test_a_disk_that_is_really_full(tmp_path):
 
 
 SPOILT = """
-import os
+import os, sys
 import torch
 from torch.distributed.tensor import DTensor
 from hfprune.pipeline import run
 from hfprune.recovery.sharding import ShardableTrainer
 
-os.environ.update({variables})
 step, calls = ShardableTrainer.training_step, 0
 
 def spoilt(self, model, *given, **named):
@@ -224,7 +223,7 @@ def spoilt(self, model, *given, **named):
     return step(self, model, *given, **named)
 
 ShardableTrainer.training_step = spoilt
-run({recipe!r}, say=str, until="dense")
+run(sys.argv[1], say=str, until="dense")
 """
 
 
@@ -233,10 +232,7 @@ run({recipe!r}, say=str, until="dense")
 def test_a_loss_that_is_not_finite_stops_both_processes(variables, tmp_path):
     recipe = make(tmp_path, finetune=TRAINING)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
-    code = SPOILT.format(
-        variables=variables | {"ACCELERATE_USE_CPU": "true"}, recipe=str(tmp_path / "recipe.yaml")
-    )
-    first, second = together(code, timeout=180)
+    first, second = together(SPOILT, tmp_path / "recipe.yaml", timeout=180, **variables)
     assert [first[0], second[0]] == [1, 1]
     assert (
         "DataError: The loss is not finite at global step 8, batch 1 of 1 on process" in second[2]

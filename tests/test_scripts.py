@@ -1,4 +1,4 @@
-"""The scripts, started as users start them: alone, and by Accelerate on several processes."""
+"""The scripts, alone and started by Accelerate on several processes."""
 
 import dataclasses
 from pathlib import Path
@@ -192,8 +192,7 @@ run(sys.argv[1], until="scores")
 @pytest.mark.slow
 def test_a_step_that_fails_on_one_process_stops_the_run_on_all(tmp_path):
     (recipe,) = recipes(tmp_path, 1)
-    code = FAILING.replace("sys.argv[1]", repr(str(tmp_path / "0.yaml")))
-    first, second = together(code)
+    first, second = together(FAILING, tmp_path / "0.yaml")
     assert first[0] == second[0] == 1
     assert "OtherProcessError: Process 1 failed: MemoryError: no room for the grad" in first[2]
     assert "MemoryError: no room" in second[2] and "OtherProcessError" not in second[2]
