@@ -9,7 +9,9 @@ moments.py.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +19,9 @@ from hfprune.importance.moments import Moments
 
 DAMPING = 0.01
 """Added to the inputs' second moments, relative to their mean; as the ridge of compensation."""
+
+_TIE = 1e-6
+"""Relative to an error: equal ones keep the order in which their units went."""
 
 _STEPS = 50
 """Units go in so many steps; those of one step in the order of their errors before it."""
@@ -43,7 +48,8 @@ def removal_errors(joint: Joint) -> torch.Tensor:
     """What the removal of each unit adds to the error, once all that matter less are gone.
 
     Returns:
-        (units,) float64, a sum over calibration tokens; ascending in the order of removal.
+        (units,) float64, sums over calibration tokens; ascending in the order of removal, and all
+        together what the removal of all costs.
     """
     try:
         return _removal_errors(joint, joint.moments.inputs.dtype)
@@ -62,31 +68,88 @@ def _removal_errors(joint: Joint, dtype: torch.dtype) -> torch.Tensor:
     inverse = _damped_inverse(moments.inputs.to(dtype), joint.bias)
     seen, directions = torch.linalg.eigh(gradients / trace)
     rows = weight @ (directions * seen.clamp(min=0).sqrt())
-    width, step = len(weight) // units, max(1, units // _STEPS)
-    columns = torch.arange(len(weight), device=weight.device).unflatten(0, (units, width))
+    left, step = torch.arange(units, device=weight.device), max(1, units // _STEPS)
+    order, errors = [], []
+    while len(left):
+        # Half of them at a time: what is left then is a problem of half the size.
+        steps = math.ceil(len(left) / (2 * step))
+        first = _eliminated(inverse, rows, len(left), min(steps * step, len(left)), step)
+        order.append(left[first.order])
+        errors.append(first.errors)
+        inverse, rows, left = first.inverse, first.rows, left[first.stay]
+    importance[torch.cat(order)] = _ascending(torch.cat(errors))
+    return importance
+
+
+def _ascending(errors: torch.Tensor) -> torch.Tensor:
+    """The nearest errors that ascend, by isotonic regression.
+
+    Those of one step are not quite in order, nor is one whose twin went just before it. Their
+    running maximum would ascend, too, but add up to half as much again as all removals cost, and
+    so make neurons look dearer than heads, which go one by one.
+    """
+    from sklearn.isotonic import isotonic_regression
+
+    nearest = torch.as_tensor(isotonic_regression(errors.cpu().numpy())).to(errors)
+    order = torch.linspace(0, _TIE, len(errors), dtype=errors.dtype, device=errors.device)
+    return nearest * (1 + order)
+
+
+class _Elimination(NamedTuple):
+    """Some units that went, and the problem that is left.
+
+    Attributes:
+        order: their numbers, in the order in which they went.
+        errors: what each of them added, float64.
+        stay: numbers of the others, ascending.
+        inverse: (columns, columns) of the second moments of the columns that stay.
+        rows: (columns, directions) of those, refitted.
+    """
+
+    order: torch.Tensor
+    errors: torch.Tensor
+    stay: torch.Tensor
+    inverse: torch.Tensor
+    rows: torch.Tensor
+
+
+def _eliminated(
+    inverse: torch.Tensor, rows: torch.Tensor, units: int, count: int, step: int
+) -> _Elimination:
+    """Let `count` of the units go, `step` of them at once; the rows are overwritten."""
+    width = len(rows) // units
+    columns = torch.arange(len(rows), device=rows.device).unflatten(0, (units, width))
     own = inverse[columns[:, :, None], columns[:, None, :]]  # (units, width, width)
-    left = torch.ones(units, dtype=torch.bool, device=weight.device)
-    taken, done = torch.empty_like(inverse), 0  # a column for each that is gone
-    most = weight.new_zeros(())
-    while done < len(weight):
-        errors = _quadratic(rows.unflatten(0, (units, width)), own).where(left, torch.inf)
-        going = errors.argsort(stable=True)[: min(step, units - done // width)]
+    left = torch.ones(units, dtype=torch.bool, device=rows.device)
+    taken, done = inverse.new_empty(len(rows), count * width), 0  # a column for each that is gone
+    order, errors = [], []
+    while done < count * width:
+        closest = _quadratic(rows.unflatten(0, (units, width)), own).where(left, torch.inf)
+        going = closest.argsort(stable=True)[: min(step, count - done // width)]
         gone = columns[going].flatten()
         before = taken[:, :done]
         current = torch.addmm(inverse[gone], before[gone], before.T, alpha=-1)
         # A Cholesky factor takes the units of a step one after another.
         factor = torch.linalg.cholesky(current[:, gone])
         added = torch.linalg.solve_triangular(factor, rows[gone], upper=False)
-        steps = added.square().sum(dim=1).unflatten(0, (-1, width)).sum(dim=1)
-        steps = torch.maximum(steps.cummax(dim=0).values, most)
-        importance[going], most, left[going] = steps.double(), steps[-1], False
+        order.append(going)
+        errors.append(added.square().sum(dim=1).unflatten(0, (-1, width)).sum(dim=1).double())
+        left[going] = False
         now = torch.linalg.solve_triangular(factor, current, upper=False)
         taken[:, done : done + len(gone)], done = now.T, done + len(gone)
         rows.addmm_(now.T, added, alpha=-1)
         by_unit = now.unflatten(1, (units, width))
         own -= torch.einsum("gui,guj->uij", by_unit, by_unit)
-        own[going] = torch.eye(width, dtype=dtype, device=weight.device)
-    return importance
+        own[going] = torch.eye(width, dtype=rows.dtype, device=rows.device)
+    rest = columns[left].flatten()
+    taken = taken[rest]
+    return _Elimination(
+        torch.cat(order),
+        torch.cat(errors),
+        left.nonzero().flatten(),
+        torch.addmm(inverse[rest][:, rest], taken, taken.T, alpha=-1),
+        rows[rest],
+    )
 
 
 def _quadratic(pieces: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

@@ -263,7 +263,6 @@ class Gathering:
         else:
             per_example = product.sum(dim=1).unflatten(-1, units).sum(-1)  # tokens first: cheaper
             squares = per_example.square()
-        del product
         if not torch.isfinite(squares).all():
             raise DataError(
                 f"The gate gradients of {group.name} are not finite in calibration batch"
@@ -271,8 +270,8 @@ class Gathering:
             )
         mask = padding_mask(self._batch, values, is_decoder(self._model, group))
         real = values.new_ones(values.shape[:2]) if mask is None else mask.to(values)
-        # A product of matrices: no masked copy is made.
-        inputs = real.flatten() @ values.square().flatten(0, 1)
+        # A product of matrices: no masked copy is made. The product's memory is there already.
+        inputs = real.flatten() @ torch.mul(values, values, out=product).flatten(0, 1)
         self._add(self.absolute, group, self._halves(per_example.abs()))
         self._add(self.squared, group, self._halves(squares))
         self._add(self.inputs, group, inputs.unflatten(0, units))

@@ -10,19 +10,19 @@ from hfprune.importance.reconstruction import DAMPING, Joint, removal_errors
 from hfprune.importance.scoring import rank_correlation, score
 from hfprune.structure.anatomy import Anatomy
 
-COLUMNS, OUTPUTS, TOKENS = 12, 5, 60
+COLUMNS, OUTPUTS = 12, 5
 CLOSE = {"rtol": 1e-5, "atol": 1e-9}
 
 
-def joint(width, bias, inputs=None):
+def joint(width, bias, inputs=None, columns=COLUMNS):
     """Moments of random inputs, with correlated columns, and the outlet's weights."""
     generator = torch.Generator().manual_seed(width)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    x = draw(TOKENS, COLUMNS) @ draw(COLUMNS, COLUMNS) + 1 if inputs is None else inputs
+    x = draw(5 * columns, columns) @ draw(columns, columns) + 1 if inputs is None else inputs
     one = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
     gradients = draw(30, OUTPUTS)
     moments = Moments(one.T @ one, gradients.T @ gradients)
-    return x, Joint(moments, draw(COLUMNS, OUTPUTS), COLUMNS // width, bias)
+    return x, Joint(moments, draw(columns, OUTPUTS), columns // width, bias)
 
 
 def refitted_error(x, known, gone):
@@ -30,8 +30,9 @@ def refitted_error(x, known, gone):
     damping = DAMPING * x.square().sum(dim=0).mean()
     if known.bias:
         x = x - x.mean(dim=0)
-    gram = x.T @ x + damping * torch.eye(COLUMNS)
-    stay = [c for c in range(COLUMNS) if c not in gone]
+    columns = x.shape[1]
+    gram = x.T @ x + damping * torch.eye(columns)
+    stay = [c for c in range(columns) if c not in gone]
     change = torch.zeros_like(known.weight)
     change[gone] = -known.weight[gone]
     if stay:
@@ -45,19 +46,43 @@ def refitted_error(x, known, gone):
 @pytest.mark.parametrize("bias", [False, True])
 def test_units_go_in_the_order_of_brute_force(width, bias):
     x, known = joint(width, bias)
-    left, gone, before, highest = set(range(COLUMNS // width)), [], 0.0, 0.0
-    found = removal_errors(known)
+    left, gone, before, order, added = set(range(COLUMNS // width)), [], 0.0, [], []
 
     def error(unit):
         return refitted_error(x, known, [*gone, *range(unit * width, (unit + 1) * width)])
 
     while left:
         unit = min(left, key=error)
-        highest = max(highest, error(unit) - before)
-        assert float(found[unit]) == pytest.approx(highest, rel=1e-6)
+        order.append(unit)
+        added.append(error(unit) - before)
         before = error(unit)
         left.remove(unit)
         gone += range(unit * width, (unit + 1) * width)
+    found = removal_errors(known)
+    assert found.argsort().tolist() == order
+    assert found[order].tolist() == pytest.approx(nearest_ascending(added), rel=1e-5)
+    assert float(found.sum()) == pytest.approx(before, rel=1e-5)
+
+
+def nearest_ascending(values):
+    """Isotonic regression by its definition as the largest least mean."""
+    count = len(values)
+    return [
+        max(min(sum(values[j:k]) / (k - j) for k in range(i + 1, count + 1)) for j in range(i + 1))
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_importance_adds_up_to_what_removal_costs(width):
+    """Of so many units that several go at once."""
+    x, known = joint(width, bias=True, columns=320)
+    found = removal_errors(known)
+    order = found.argsort()
+    for count in (50, 100, 130, len(order)):
+        gone = [int(unit) * width + c for unit in order[:count] for c in range(width)]
+        added = float(found[order[:count]].sum() / refitted_error(x, known, gone))
+        assert 0.97 < added < 1 + 1e-5
 
 
 def test_what_the_others_take_over_is_not_lost():
