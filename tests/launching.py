@@ -93,6 +93,7 @@ def forked(code, *arguments, each=({},), timeout=90):
 
 
 def _play(file, arguments, variables, said):
+    gc.freeze()  # what it was forked with stays: no collection looks through it
     os.environ.clear()
     os.environ.update(variables)
     for number, path in enumerate(said, start=1):

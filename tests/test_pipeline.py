@@ -143,6 +143,7 @@ def test_a_run_leaves_every_artefact(finished):
     assert scores.examples == 24
 
 
+@pytest.mark.slow
 def test_criteria_are_compared_at_the_budgets_of_the_curve(compared):
     recipe, report, _ = compared
     points = report.curve
@@ -543,6 +544,7 @@ def test_the_energy_of_every_step_is_kept_where_it_can_be_read(tmp_path, monkeyp
     assert steps.Steps(recipe, str, Processes()).energy == {}
 
 
+@pytest.mark.slow
 def test_data_of_another_kind_are_judged_besides(compared):
     recipe, report, said = compared
     assert done_before(said) == list(STEPS)[:-2]

@@ -155,7 +155,8 @@ def test_a_cache_that_was_switched_off_does_not_spoil_the_comparison(family, tmp
     assert not hfprune.from_pretrained(tmp_path).config.use_cache
 
 
-@pytest.mark.parametrize("way", [pytest.param("hfprune", marks=pytest.mark.slow), "remote code"])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["hfprune", "remote code"])
 def test_it_loads_where_there_is_no_network(way, tmp_path):
     model = cut_model("bert")
     model.save_pretrained(tmp_path)
