@@ -178,6 +178,7 @@ def test_push_says_what_it_would_upload(run, tmp_path):
     assert status == 2 and one_line(err)
 
 
+@pytest.mark.slow
 def test_push_lays_out_a_family(run, tmp_path):
     sizes, dry = saved.family(tmp_path / "sizes", base=None), tmp_path / "dry"
     status, out, _ = run("push", sizes, "me/small", "--family", "collection", "--dry-run", dry)

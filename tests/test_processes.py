@@ -8,6 +8,8 @@ from launching import DEEPSPEED, FSDP, together
 from hfprune.errors import HfpruneError
 from hfprune.processes import Processes, launched
 
+pytestmark = pytest.mark.xdist_group("forks")  # one worker imports what they are forked with
+
 ZERO = "ACCELERATE_DEEPSPEED_"
 HEAD = """
 import sys, time, torch

@@ -16,6 +16,8 @@ from hfprune.planning.plan import PruningPlan
 from hfprune.processes import Processes
 from hfprune.steps import Steps
 
+pytestmark = pytest.mark.xdist_group("forks")  # one worker imports what they are forked with
+
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 

@@ -167,8 +167,8 @@ def auto_class(model_type: str) -> str:
     if {"text_config", "vision_config"} <= kind.sub_configs.keys() and not reader:
         return "AutoModel"  # the only one that runs both towers
     for name in _AUTO_CLASSES:
-        mapping = getattr(transformers, name)._model_mapping
-        if kind in mapping and isinstance(mapping[kind], type):
+        classes = getattr(transformers, name)._model_mapping._model_mapping  # no class is imported
+        if isinstance(classes.get(model_type), str):
             return name
     raise LookupError(f"no auto class for {model_type}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -223,8 +224,11 @@ def kept_rows(
 
 def present(layer: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
     """Those of the modules that the layer has."""
-    known = dict(layer.named_modules())
-    return [known[path] for path in paths if path and path in known]
+    found = []
+    for path in filter(None, paths):
+        with suppress(AttributeError):
+            found.append(layer.get_submodule(path))
+    return found
 
 
 def ffn_of(layer: nn.Module, stack: Stack) -> Ffn:

@@ -20,6 +20,8 @@ from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.checkpoint import from_pretrained
 from hfprune.structure.surgery import copy_and_cut
 
+pytestmark = pytest.mark.xdist_group("forks")  # one worker imports what they are forked with
+
 WORKER = """
 import os, sys, torch
 import torch.distributed as dist

@@ -346,7 +346,10 @@ def test_padding_does_not_matter(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kept", [(1, 2), (0, 2), (0, 1), (1,)])
+@pytest.mark.parametrize(
+    "kept",
+    [(0, 2), (1,), *(pytest.param(kept, marks=pytest.mark.slow) for kept in ((1, 2), (0, 1)))],
+)
 def test_the_layers_that_stay_take_over_from_those_that_go(family, kept):
     dense = tiny.model(family)
     keep = uneven(Anatomy.of(dense), 0.75)

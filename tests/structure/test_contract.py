@@ -29,9 +29,8 @@ from hfprune.structure.surgery import copy_and_cut, cut
 
 # One of each way of being built runs the expensive tests by default, the others when slow ones do.
 TELLING = {
-    *("bert", "distilbert", "deberta-v2", "modernbert", "longformer", "vit", "clip"),
-    *("llama", "gemma3_text", "phi3", "gpt2", "gpt_neox", "falcon", "t5", "whisper"),
-    *("mixtral", "gpt_oss", "deepseek_v3", "llava"),
+    *("bert", "deberta-v2", "modernbert", "clip", "llama", "gemma3_text", "phi3", "gpt2", "falcon"),
+    *("t5", "whisper", "mixtral", "deepseek_v3"),
 }
 
 
@@ -343,6 +342,7 @@ def load_as(stranger, folder: Path, head: str) -> dict:
     return json.loads(answer)
 
 
+@pytest.mark.xdist_group("stranger")  # one process for all
 @every_family_if_slow
 def test_it_comes_back_in_a_process_without_hfprune(family, stranger, tmp_path):
     _, pruned, _ = dense_and_pruned(family)

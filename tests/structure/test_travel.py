@@ -100,7 +100,13 @@ def test_the_stock_trainer_trains_and_resumes(family, tmp_path):
     assert structure["lineage"] == [{"budget": "first"}, {"budget": "second"}]
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "t5", "vit", "whisper", "gemma3"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("bert", "llama"),
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("t5", "vit", "whisper", "gemma3")),
+    ],
+)
 def test_all_auto_classes_load_one_folder(family, tmp_path):
     model = cut_model(family)
     model.save_pretrained(tmp_path / family)
