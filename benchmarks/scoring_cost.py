@@ -26,7 +26,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 from quality import ROOT
 from rich.console import Console
@@ -162,6 +161,8 @@ def show(costs: dict[str, Cost]) -> None:
 
 def draw(costs: dict[str, Cost], path: Path) -> None:
     """The ratios as bars, with what they should be at most."""
+    import matplotlib.pyplot as plt  # which no process that reads memory needs
+
     names = list(costs)
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
     for axes, what, base in zip(panels, ("time", "memory"), (FORWARD, KEEPING), strict=True):
