@@ -7,7 +7,6 @@ import os
 import time
 import types
 
-gc.disable()  # what is imported stays: see pytest_collection_finish
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+gc.disable()  # until all is imported: see pytest_collection_finish
 
 # A commit is judged by the same examples every time; look for new ones with
 # `scripts/test --hypothesis-profile default`.
