@@ -144,20 +144,20 @@ class Seed:
 
 
 def show(accuracy: dict[Key, list[float]], dense: list[float]) -> None:
-    """Print the table: budgets in rows, criteria and stages in columns."""
-    columns = list(dict.fromkeys((criterion, stage) for criterion, stage, _ in accuracy))
+    """Print the table: criteria and stages in rows, budgets in columns."""
     title = (
         f"Points of test accuracy lost, mean ± spread of {len(dense)} seeds; dense"
         f" {mean_and_spread(dense)} %"
     )
-    table = Table("MACs kept", *(f"{c}, {s}" for c, s in columns), title=title)
-    for budget in sorted({budget for *_, budget in accuracy}, reverse=True):
+    budgets = sorted({budget for *_, budget in accuracy}, reverse=True)
+    table = Table("MACs kept", *(f"{budget:.0%}" for budget in budgets), title=title)
+    for criterion, stage in dict.fromkeys((criterion, stage) for criterion, stage, _ in accuracy):
         cells = []
-        for criterion, stage in columns:
+        for budget in budgets:
             values = accuracy.get((criterion, stage, budget), [])
             lost = [d - v for d, v in zip(dense, values, strict=False)]
             cells.append(mean_and_spread(lost) if lost else "")
-        table.add_row(f"{budget:.0%}", *cells)
+        table.add_row(f"{criterion}, {stage}", *cells)
     Console().print(table)
 
 
