@@ -37,7 +37,7 @@ _ROWS_AT_ONCE = 192
 """So many make a product of matrices fast; fewer wait for others."""
 
 _BLOCK = 256
-"""Columns of a second moment that are multiplied at once, with those that follow them only."""
+"""Columns of a second moment that are multiplied, and held, with those that follow them only."""
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -58,10 +58,13 @@ class Moments:
 
 
 class _Gram:
-    """A sum of rows^T rows, of rows that come a few at a time."""
+    """A sum of rows^T rows, of rows that come a few at a time: little more than half of it."""
 
     def __init__(self, side: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._upper = torch.zeros(side, side, dtype=dtype, device=device)
+        self._blocks = {
+            first: torch.zeros(min(_BLOCK, side - first), side - first, dtype=dtype, device=device)
+            for first in range(0, side, _BLOCK)
+        }
         self._waiting: list[torch.Tensor] = []
 
     def add(self, rows: torch.Tensor) -> None:
@@ -75,19 +78,22 @@ class _Gram:
             return
         rows = torch.cat(self._waiting)
         self._waiting.clear()
-        for first in range(0, len(self._upper), _BLOCK):
-            block = slice(first, first + _BLOCK)
-            self._upper[block, first:].addmm_(rows[:, block].T, rows[:, first:])
+        for first, block in self._blocks.items():
+            block.addmm_(rows[:, first : first + _BLOCK].T, rows[:, first:])
 
     def reduce(self) -> None:
         """Add up the sums of all processes."""
         self._multiply()
-        dist.all_reduce(self._upper)
+        for block in self._blocks.values():
+            dist.all_reduce(block)
 
     def total(self) -> torch.Tensor:
         """The sum so far, (side, side)."""
         self._multiply()
-        return self._upper.triu() + self._upper.triu(1).T
+        upper = self._blocks[0].new_zeros([self._blocks[0].shape[1]] * 2)
+        for first, block in self._blocks.items():
+            upper[first : first + _BLOCK, first:] = block
+        return upper.triu() + upper.triu(1).T
 
 
 class MomentSums:
