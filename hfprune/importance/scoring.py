@@ -79,8 +79,8 @@ def score(
         model: a transformers model of a known family; left as it was.
         batches: what the model is called with, {name: tensor}; with labels for the loss on them.
         criteria: names from the registry, or one; all of them by default. Leave out
-            `reconstruction` where memory is tight: it needs (columns^2 + outputs^2) float32 numbers
-            an outlet.
+            `reconstruction` where memory is tight: it holds little more than half of
+            (columns^2 + outputs^2) float32 numbers an outlet.
         loss: "labels", the model's own loss; "sampled", its loss on labels drawn from its own
             predictions, and "logits", how far its logits move, for which no labels are needed; or
             (model, batch) -> a loss summed over examples or labelled tokens.
