@@ -90,7 +90,8 @@ class _Gram:
     def total(self) -> torch.Tensor:
         """The sum so far, (side, side)."""
         self._multiply()
-        upper = self._blocks[0].new_zeros([self._blocks[0].shape[1]] * 2)
+        side = self._blocks[0].shape[1]
+        upper = self._blocks[0].new_zeros(side, side)
         for first, block in self._blocks.items():
             upper[first : first + _BLOCK, first:] = block
         return upper.triu() + upper.triu(1).T
