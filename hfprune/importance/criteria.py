@@ -47,7 +47,9 @@ Criterion = Callable[[Evidence], torch.Tensor]
 CRITERIA: dict[str, Criterion] = {}
 
 JOINT: set[str] = set()
-"""Criteria that read `Evidence.joint`, which is gathered only for them."""
+"""Criteria that read `Evidence.joint`, which is gathered only for them, and not `Evidence.inputs`,
+which is zero where no other is asked for.
+"""
 
 
 def criterion(function: Criterion) -> Criterion:
@@ -64,7 +66,7 @@ def criterion(function: Criterion) -> Criterion:
 
 
 def joint_criterion(function: Criterion) -> Criterion:
-    """As `criterion`, for one that reads `Evidence.joint`."""
+    """As `criterion`, for one that reads `Evidence.joint` in place of `Evidence.inputs`."""
     JOINT.add(criterion(function).__name__)
     return function
 

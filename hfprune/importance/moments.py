@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from hfprune.importance.losses import Batch, by_example, is_decoder, padding_mask
 from hfprune.structure.anatomy import Group
 
-TOKENS_PER_COLUMN = 2
+TOKENS_PER_COLUMN = 1.5
 """From how many calibration tokens the second moments of an outlet's inputs are taken."""
 
 _LEAST_TOKENS = 128
@@ -91,10 +91,11 @@ class _Gram:
         """The sum so far, (side, side)."""
         self._multiply()
         side = self._blocks[0].shape[1]
-        upper = self._blocks[0].new_zeros(side, side)
+        whole = self._blocks[0].new_empty(side, side)
         for first, block in self._blocks.items():
-            upper[first : first + _BLOCK, first:] = block
-        return upper.triu() + upper.triu(1).T
+            whole[first:, first : first + _BLOCK] = block.T
+            whole[first : first + _BLOCK, first:] = block
+        return whole
 
 
 class MomentSums:
@@ -135,12 +136,13 @@ class MomentSums:
         wanted = self._tokens_wanted(inputs.shape[-1], len(weight))
         drawn, share = drawn_tokens(weight, wanted)
         size = size.flatten()[drawn]
-        x = inputs.flatten(0, 1)[drawn].to(share)
+        x = inputs.flatten(0, 1).index_select(0, drawn).to(share)
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
         x *= (share.sqrt() / size.clamp(min=_TINY))[:, None]
         # Drawn by its weight, a token stands for so many that are like it.
         times = share / weight[drawn].clamp(min=_TINY)
-        g = gradient.flatten(0, 1)[drawn].to(share) * (size * times.sqrt())[:, None]
+        g = gradient.flatten(0, 1).index_select(0, drawn).to(share)
+        g *= (size * times.sqrt())[:, None]
         of_inputs, of_gradients = self._of(group, inputs.shape[-1], g.shape[-1], g.device)
         of_inputs.add(x)
         of_gradients.add(g)

@@ -60,14 +60,11 @@ def removal_errors(joint: Joint) -> torch.Tensor:
 def _removal_errors(joint: Joint, dtype: torch.dtype) -> torch.Tensor:
     moments, units = joint.moments, joint.units
     weight = joint.weight.to(moments.inputs.device, dtype)
-    gradients = moments.gradients.to(dtype)
-    trace = gradients.trace()
     importance = weight.new_zeros(units, dtype=torch.float64)
-    if not units or not trace:
+    if not units or not moments.gradients.trace():
         return importance
     inverse = _damped_inverse(moments.inputs.to(dtype), joint.bias)
-    seen, directions = torch.linalg.eigh(gradients / trace)
-    rows = weight @ (directions * seen.clamp(min=0).sqrt())
+    rows = weight @ _square_root(moments.gradients).to(dtype)
     left, step = torch.arange(units, device=weight.device), max(1, units // _STEPS)
     order, errors = [], []
     while len(left):
@@ -131,23 +128,25 @@ def _eliminated(
         current = torch.addmm(inverse[gone], before[gone], before.T, alpha=-1)
         # A Cholesky factor takes the units of a step one after another.
         factor = torch.linalg.cholesky(current[:, gone])
-        added = torch.linalg.solve_triangular(factor, rows[gone], upper=False)
+        # Its inverse, because it is small: solving with all columns would take longer.
+        whiten = torch.linalg.solve_triangular(factor, torch.eye(len(gone)).to(factor), upper=False)
+        added = whiten @ rows[gone]
         order.append(going)
         errors.append(added.square().sum(dim=1).unflatten(0, (-1, width)).sum(dim=1).double())
         left[going] = False
-        now = torch.linalg.solve_triangular(factor, current, upper=False)
+        now = whiten @ current
         taken[:, done : done + len(gone)], done = now.T, done + len(gone)
         rows.addmm_(now.T, added, alpha=-1)
         by_unit = now.unflatten(1, (units, width))
         own -= torch.einsum("gui,guj->uij", by_unit, by_unit)
         own[going] = torch.eye(width, dtype=rows.dtype, device=rows.device)
     rest = columns[left].flatten()
-    taken = taken[rest]
+    taken = taken.index_select(0, rest)
     return _Elimination(
         torch.cat(order),
         torch.cat(errors),
         left.nonzero().flatten(),
-        torch.addmm(inverse[rest][:, rest], taken, taken.T, alpha=-1),
+        inverse.index_select(0, rest).index_select(1, rest).addmm_(taken, taken.T, alpha=-1),
         rows[rest],
     )
 
@@ -158,15 +157,24 @@ def _quadratic(pieces: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """
     if own.shape[-1] == 1:  # a batched factorization of single numbers takes as long as all else
         return torch.linalg.vector_norm(pieces, dim=(1, 2)).square() / own.flatten()
-    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(own), pieces, upper=False)
-    return whitened.square().sum(dim=(1, 2))
+    solved = torch.cholesky_solve(pieces @ pieces.mT, torch.linalg.cholesky(own))
+    return solved.diagonal(dim1=1, dim2=2).sum(dim=1)
 
 
 def _damped_inverse(inputs: torch.Tensor, bias: bool) -> torch.Tensor:
     """Inverse second moments of the inputs; about their mean where a bias takes the mean over."""
-    gram = inputs[:-1, :-1]
+    gram, sums = inputs[:-1, :-1].clone(), inputs[:-1, -1]
     damping = DAMPING * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
     if bias:
-        gram = gram - torch.outer(inputs[:-1, -1], inputs[-1, :-1]) / inputs[-1, -1]
-    damped = gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        gram.addr_(sums / inputs[-1, -1], sums, alpha=-1)
+    gram.diagonal().add_(damping)
+    return torch.cholesky_inverse(torch.linalg.cholesky(gram))
+
+
+def _square_root(moment: torch.Tensor) -> torch.Tensor:
+    """Times its own transpose it is the moment, over the moment's trace."""
+    root = moment / moment.trace()
+    # Of fewer tokens than outputs, it is positive only up to rounding.
+    limits = torch.finfo(root.dtype)
+    root.diagonal().mul_(1 + math.sqrt(limits.eps)).add_(limits.tiny)
+    return torch.linalg.cholesky(root)

@@ -103,7 +103,7 @@ def score(
     anatomy = Anatomy.of(model)
     total = len(batches) if isinstance(batches, Sized) else None
     joint = MomentSums(model, total) if moments or not JOINT.isdisjoint(wanted) else None
-    gathering = Gathering(model, anatomy, joint)
+    gathering = Gathering(model, anatomy, joint, inputs=not JOINT.issuperset(wanted))
     # The graph would hold every weight that was brought; computed again, a layer brings its own.
     offloaded = any(map(is_offloaded, model.modules()))
     again = recomputing(model) if checkpointing or offloaded else nullcontext()
@@ -201,10 +201,21 @@ def _ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 class Gathering:
-    """Running sums per group, in two halves of the examples so that their agreement shows."""
+    """Running sums per group, in two halves of the examples so that their agreement shows.
+
+    Args:
+        model: whose gates they are of.
+        anatomy: of the model.
+        joint: what gathers the moments, where they are wanted.
+        inputs: whether to sum the squared inputs, too.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, anatomy: Anatomy, joint: MomentSums | None = None
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        joint: MomentSums | None = None,
+        inputs: bool = True,
     ) -> None:
         self.absolute: dict[str, torch.Tensor] = {}
         self.squared: dict[str, torch.Tensor] = {}
@@ -214,6 +225,7 @@ class Gathering:
         self.parts: list[Group | Block] = [*anatomy, *anatomy.experts]
         self.joint = joint
         self._model = model
+        self._with_inputs = inputs
         self._batch: Batch = {}
         self._index = 0
         self._ignored = False
@@ -263,18 +275,20 @@ class Gathering:
         else:
             per_example = product.sum(dim=1).unflatten(-1, units).sum(-1)  # tokens first: cheaper
             squares = per_example.square()
-        if not torch.isfinite(squares).all():
+        halves = self._halves(squares)
+        if not torch.isfinite(halves).all():
             raise DataError(
                 f"The gate gradients of {group.name} are not finite in calibration batch"
                 f" {self._index}."
             )
         mask = padding_mask(self._batch, values, is_decoder(self._model, group))
         real = values.new_ones(values.shape[:2]) if mask is None else mask.to(values)
-        # A product of matrices: no masked copy is made. The product's memory is there already.
-        inputs = real.flatten() @ torch.mul(values, values, out=product).flatten(0, 1)
+        if self._with_inputs:
+            # A product of matrices: no masked copy is made. The product's memory is there already.
+            inputs = real.flatten() @ torch.mul(values, values, out=product).flatten(0, 1)
+            self._add(self.inputs, group, inputs.unflatten(0, units))
         self._add(self.absolute, group, self._halves(per_example.abs()))
-        self._add(self.squared, group, self._halves(squares))
-        self._add(self.inputs, group, inputs.unflatten(0, units))
+        self._add(self.squared, group, halves)
         if not self._seen:
             self.examples += len(per_example)
         if group.stack not in self._seen:

@@ -99,6 +99,23 @@ def test_a_loss_that_sees_nothing_leaves_no_error():
     assert removal_errors(known).tolist() == [0.0] * COLUMNS
 
 
+def test_fewer_tokens_than_outputs_are_enough():
+    """Then rounding makes the gradients' moment indefinite; nor has every output a gradient."""
+    x, known = joint(1, bias=True)
+    draw = torch.Generator().manual_seed(0)
+    gradients = torch.randn(3, 40, generator=draw) * torch.rand(40, generator=draw) ** 4
+    gradients[:, 7] = 0
+    weight = torch.randn(COLUMNS, 40, generator=draw)
+    moment = gradients.T @ gradients
+    assert torch.linalg.eigvalsh(moment)[0] < 0
+    moments = Moments(known.moments.inputs.float(), moment)
+    found = removal_errors(Joint(moments, weight, COLUMNS, bias=True))
+    exact = Joint(Moments(known.moments.inputs, moment.double()), weight.double(), COLUMNS, True)
+    assert float(found.sum()) == pytest.approx(
+        refitted_error(x, exact, list(range(COLUMNS))), rel=1e-3
+    )
+
+
 def moments_of(model, batches):
     sums, anatomy = MomentSums(model), Anatomy.of(model)
     watching = output_gradients(model, anatomy, sums.receive)
