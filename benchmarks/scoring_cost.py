@@ -6,10 +6,11 @@ over that of a forward pass which keeps its activations.
         --examples 4 --batch-size 2 --tokens 256
 
 The limit in time is about 2: a forward pass and a backward pass over activations. Full weight
-gradients, as Taylor scoring by weights needs them, stand beside it. All take turns, so that a busy
-machine slows them all, and the ratios are medians. Memory is the rise of the process's high-water
-mark above the loaded model, each way in a process of its own. A GGUF file is saved as a plain
-checkpoint for them first. It prints a table and draws it in runs/benchmark-scoring-cost/.
+gradients, as Taylor scoring by weights needs them, stand beside it. Each takes turns with forward
+passes, batch by batch, so that a busy machine slows both, and the ratios are medians of rounds.
+Memory is the rise of the process's high-water mark above the loaded model, each way in a process
+of its own. A GGUF file is saved as a plain checkpoint for them first. It prints a table and draws
+it in runs/benchmark-scoring-cost/.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,29 +112,58 @@ def measure(folder: str, arguments: argparse.Namespace) -> None:
         print(peak(WAYS[arguments.memory_of], model, batches))
         return
     ways = {name: way for name, way in WAYS.items() if name not in arguments.without}
+    twin, _ = load(folder, arguments)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(arguments.rounds + 1):
+    ratios: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way(model, Alternating(batches[:1], twin))  # warms up
+    for _ in range(arguments.rounds):
         for name, way in ways.items():
+            alternating = Alternating(batches, twin)
             start = time.process_time()
-            way(model, batches)
-            if turn:  # the first turn warms up
-                seconds[name].append(time.process_time() - start)
-    del model
+            way(model, alternating)
+            own = time.process_time() - start - alternating.seconds
+            seconds[name].append(own)
+            ratios[name].append(own / alternating.seconds)
+    del model, twin, alternating
     gc.collect()
     memory = {name: peak_elsewhere(folder, name, arguments) for name in ways}
     costs = {
         name: Cost(
-            statistics.median(values),
-            statistics.median(a / b for a, b in zip(values, seconds[FORWARD], strict=True)),
+            statistics.median(seconds[name]),
+            statistics.median(ratios[name]),
             memory[name] / 1e6,
             memory[name] / memory[KEEPING],
         )
-        for name, values in seconds.items()
+        for name in ways
     }
     show(costs)
     figure = RUNS / f"{Path(arguments.model).name}-{arguments.examples}x{arguments.tokens}.png"
     draw(costs, figure)
     print(f"The figure is in {figure.relative_to(ROOT)}.")
+
+
+class Alternating(list[Batch]):
+    """Batches; before each is handed out, the model's twin makes a forward pass on it.
+
+    In a thread of its own, for which nothing holds that a way has switched on for its own.
+
+    Attributes:
+        seconds: processor time of those forward passes.
+    """
+
+    def __init__(self, batches: list[Batch], twin: PreTrainedModel) -> None:
+        super().__init__(batches)
+        self._twin = twin
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            for batch in super().__iter__():
+                start = time.process_time()
+                thread.submit(forward, self._twin, [batch]).result()
+                self.seconds += time.process_time() - start
+                yield batch
 
 
 @dataclass(frozen=True)
