@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +145,7 @@ def measure(folder: str, arguments: argparse.Namespace) -> None:
 class Alternating(list[Batch]):
     """Batches; before each is handed out, the model's twin makes a forward pass on it.
 
-    In a thread of its own, for which nothing holds that a way has switched on for its own.
+    It is a twin because a way may have put hooks on its model.
 
     Attributes:
         seconds: processor time of those forward passes.
@@ -158,12 +157,11 @@ class Alternating(list[Batch]):
         self.seconds = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
-        with ThreadPoolExecutor(max_workers=1) as thread:
-            for batch in super().__iter__():
-                start = time.process_time()
-                thread.submit(forward, self._twin, [batch]).result()
-                self.seconds += time.process_time() - start
-                yield batch
+        for batch in super().__iter__():
+            start = time.process_time()
+            forward(self._twin, [batch])
+            self.seconds += time.process_time() - start
+            yield batch
 
 
 @dataclass(frozen=True)
