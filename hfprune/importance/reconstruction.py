@@ -64,7 +64,7 @@ def _removal_errors(joint: Joint, dtype: torch.dtype) -> torch.Tensor:
     if not units or not moments.gradients.trace():
         return importance
     inverse = _damped_inverse(moments.inputs.to(dtype), joint.bias)
-    rows = weight @ _square_root(moments.gradients).to(dtype)
+    rows = weight @ _square_root(moments.gradients, dtype)
     left, step = torch.arange(units, device=weight.device), max(1, units // _STEPS)
     order, errors = [], []
     while len(left):
@@ -171,10 +171,10 @@ def _damped_inverse(inputs: torch.Tensor, bias: bool) -> torch.Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(gram))
 
 
-def _square_root(moment: torch.Tensor) -> torch.Tensor:
-    """Times its own transpose it is the moment, over the moment's trace."""
-    root = moment / moment.trace()
-    # Of fewer tokens than outputs, it is positive only up to rounding.
-    limits = torch.finfo(root.dtype)
-    root.diagonal().mul_(1 + math.sqrt(limits.eps)).add_(limits.tiny)
-    return torch.linalg.cholesky(root)
+def _square_root(moment: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What times its own transpose is the moment over its trace."""
+    relative = (moment / moment.trace()).to(dtype)
+    # Of fewer tokens than outputs, it is positive only up to the rounding of its sums.
+    rounding = torch.finfo(moment.dtype)
+    relative.diagonal().mul_(1 + math.sqrt(rounding.eps)).add_(rounding.tiny)
+    return torch.linalg.cholesky(relative)
