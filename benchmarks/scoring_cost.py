@@ -16,6 +16,7 @@ it in runs/benchmark-scoring-cost/.
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import statistics
 import subprocess
@@ -111,7 +112,7 @@ def measure(folder: str, arguments: argparse.Namespace) -> None:
         print(peak(WAYS[arguments.memory_of], model, batches))
         return
     ways = {name: way for name, way in WAYS.items() if name not in arguments.without}
-    twin, _ = load(folder, arguments)
+    twin = copy.deepcopy(model)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     ratios: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():

@@ -73,7 +73,7 @@ def test_gemma_prunes_compensates_reloads_and_generates(tmp_path):
     forget_gguf(model)
 
     scores = hfprune.score(model, calibration, ["reconstruction"])
-    # The last three layers: each takes half a minute to compensate.
+    # The last three layers: to compensate all eighteen would take minutes.
     last = hfprune.Constraints(protect=tuple(f"layers.{n}" for n in range(15)))
     plan = hfprune.plan(model, scores, "params=96%", constraints=last)
     pruned = hfprune.remove(model, plan)

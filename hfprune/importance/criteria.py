@@ -23,7 +23,8 @@ class Evidence:
         absolute: (units,) sum over examples of |dL/dg|, the gate gradient of the example's own
             loss.
         squared: (units,) sum over examples (over tokens, for token-level losses) of (dL/dg)^2.
-        inputs: (units, columns) sum over tokens of the squared input of each outlet column.
+        inputs: (units, columns) sum over tokens of the squared input of each outlet column; zero
+            where only joint criteria are asked for.
         outlet: (units, columns) squared L2 norm of the outlet's weights of each column.
         weights: (units,) squared L2 norm of all weights that a unit owns.
         examples: number of examples.
@@ -47,8 +48,7 @@ Criterion = Callable[[Evidence], torch.Tensor]
 CRITERIA: dict[str, Criterion] = {}
 
 JOINT: set[str] = set()
-"""Criteria that read `Evidence.joint`, which is gathered only for them, and not `Evidence.inputs`,
-which is zero where no other is asked for.
+"""Criteria that read `Evidence.joint`, which is gathered only for them, and not `Evidence.inputs`.
 """
 
 

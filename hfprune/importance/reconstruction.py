@@ -118,6 +118,7 @@ def _eliminated(
     columns = torch.arange(len(rows), device=rows.device).unflatten(0, (units, width))
     own = inverse[columns[:, :, None], columns[:, None, :]]  # (units, width, width)
     left = torch.ones(units, dtype=torch.bool, device=rows.device)
+    identity = torch.eye(step * width, dtype=rows.dtype, device=rows.device)
     taken, done = inverse.new_empty(len(rows), count * width), 0  # a column for each that is gone
     order, errors = [], []
     while done < count * width:
@@ -129,7 +130,8 @@ def _eliminated(
         # A Cholesky factor takes the units of a step one after another.
         factor = torch.linalg.cholesky(current[:, gone])
         # Its inverse, because it is small: solving with all columns would take longer.
-        whiten = torch.linalg.solve_triangular(factor, torch.eye(len(gone)).to(factor), upper=False)
+        one = identity[: len(gone), : len(gone)]
+        whiten = torch.linalg.solve_triangular(factor, one, upper=False)
         added = whiten @ rows[gone]
         order.append(going)
         errors.append(added.square().sum(dim=1).unflatten(0, (-1, width)).sum(dim=1).double())
@@ -139,7 +141,7 @@ def _eliminated(
         rows.addmm_(now.T, added, alpha=-1)
         by_unit = now.unflatten(1, (units, width))
         own -= torch.einsum("gui,guj->uij", by_unit, by_unit)
-        own[going] = torch.eye(width, dtype=rows.dtype, device=rows.device)
+        own[going] = identity[:width, :width]
     rest = columns[left].flatten()
     taken = taken.index_select(0, rest)
     return _Elimination(
