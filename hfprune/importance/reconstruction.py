@@ -85,9 +85,9 @@ def _ascending(errors: torch.Tensor) -> torch.Tensor:
     running maximum would ascend, too, but add up to half as much again as all removals cost, and
     so make neurons look dearer than heads, which go one by one.
     """
-    from sklearn.isotonic import isotonic_regression
+    from scipy.optimize import isotonic_regression
 
-    nearest = torch.as_tensor(isotonic_regression(errors.cpu().numpy())).to(errors)
+    nearest = torch.as_tensor(isotonic_regression(errors.cpu().numpy()).x).to(errors)
     order = torch.linspace(0, _TIE, len(errors), dtype=errors.dtype, device=errors.device)
     return nearest * (1 + order)
 
@@ -126,13 +126,14 @@ def _eliminated(
         going = closest.argsort(stable=True)[: min(step, count - done // width)]
         gone = columns[going].flatten()
         before = taken[:, :done]
-        current = torch.addmm(inverse[gone], before[gone], before.T, alpha=-1)
+        current = inverse.index_select(0, gone)
+        current.addmm_(before.index_select(0, gone), before.T, alpha=-1)
         # A Cholesky factor takes the units of a step one after another.
-        factor = torch.linalg.cholesky(current[:, gone])
+        factor = torch.linalg.cholesky(current.index_select(1, gone))
         # Its inverse, because it is small: solving with all columns would take longer.
         one = identity[: len(gone), : len(gone)]
         whiten = torch.linalg.solve_triangular(factor, one, upper=False)
-        added = whiten @ rows[gone]
+        added = whiten @ rows.index_select(0, gone)
         order.append(going)
         errors.append(added.square().sum(dim=1).unflatten(0, (-1, width)).sum(dim=1).double())
         left[going] = False

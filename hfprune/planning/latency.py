@@ -230,9 +230,9 @@ def _measure_layer(
 
 def _curve(shares: np.ndarray, seconds: np.ndarray) -> Curve:
     """The rising curve that is nearest to what was measured: more units never take less time."""
-    from sklearn.isotonic import isotonic_regression
+    from scipy.optimize import isotonic_regression
 
-    rising = isotonic_regression(seconds)
+    rising = isotonic_regression(seconds).x
     rising = rising - rising[0]
     return Curve(tuple(map(float, shares)), tuple(map(float, rising)))
 
