@@ -23,8 +23,9 @@ class Evidence:
         absolute: (units,) sum over examples of |dL/dg|, the gate gradient of the example's own
             loss.
         squared: (units,) sum over examples (over tokens, for token-level losses) of (dL/dg)^2.
-        inputs: (units, columns) sum over tokens of the squared input of each outlet column; zero
-            where only joint criteria are asked for.
+        inputs: (units, columns) sum over tokens of the squared input of each outlet column. Where
+            only joint criteria are asked for, it is zero, and `absolute` and `squared` are of the
+            first of many heads or neurons only.
         outlet: (units, columns) squared L2 norm of the outlet's weights of each column.
         weights: (units,) squared L2 norm of all weights that a unit owns.
         examples: number of examples.
@@ -48,7 +49,8 @@ Criterion = Callable[[Evidence], torch.Tensor]
 CRITERIA: dict[str, Criterion] = {}
 
 JOINT: set[str] = set()
-"""Criteria that read `Evidence.joint`, which is gathered only for them, and not `Evidence.inputs`.
+"""Criteria that read `Evidence.joint`, which is gathered only for them, and of other data none
+(experts have no other).
 """
 
 
@@ -66,7 +68,7 @@ def criterion(function: Criterion) -> Criterion:
 
 
 def joint_criterion(function: Criterion) -> Criterion:
-    """As `criterion`, for one that reads `Evidence.joint` in place of `Evidence.inputs`."""
+    """As `criterion`, for one that reads `Evidence.joint` in place of the units' own data."""
     JOINT.add(criterion(function).__name__)
     return function
 

@@ -59,6 +59,12 @@ from hfprune.structure.anatomy import (
 
 P = ParamSpec("P")
 
+_CACHED = 2**18
+"""So many numbers stay in a processor's cache until they are summed."""
+
+_OBSERVED = 256
+"""Units of a group by which halves are compared where no criterion reads the units' own gates."""
+
 
 def score(
     model: PreTrainedModel,
@@ -103,7 +109,7 @@ def score(
     anatomy = Anatomy.of(model)
     total = len(batches) if isinstance(batches, Sized) else None
     joint = MomentSums(model, total) if moments or not JOINT.isdisjoint(wanted) else None
-    gathering = Gathering(model, anatomy, joint, inputs=not JOINT.issuperset(wanted))
+    gathering = Gathering(model, anatomy, joint, joint_only=JOINT.issuperset(wanted))
     # The graph would hold every weight that was brought; computed again, a layer brings its own.
     offloaded = any(map(is_offloaded, model.modules()))
     again = recomputing(model) if checkpointing or offloaded else nullcontext()
@@ -188,6 +194,13 @@ def _shares(batches: Iterable[Batch], model: PreTrainedModel) -> Iterator[tuple[
         yield index, batch, False
 
 
+def _examples_at_once(activation: torch.Tensor) -> int:
+    """How many examples' products fit a processor's cache; a GPU takes all at once."""
+    if activation.device.type != "cpu":
+        return len(activation)
+    return max(1, _CACHED // max(1, activation[0].numel()))
+
+
 def rank_correlation(one: torch.Tensor, other: torch.Tensor) -> float:
     """Spearman's rank correlation of two equally long vectors; 0 if one of them is constant."""
     ranks = torch.stack([_ranks(one), _ranks(other)])
@@ -207,7 +220,8 @@ class Gathering:
         model: whose gates they are of.
         anatomy: of the model.
         joint: what gathers the moments, where they are wanted.
-        inputs: whether to sum the squared inputs, too.
+        joint_only: leave out what joint criteria do not read: squared inputs, and the gates of all
+            but some units, by which the halves are compared.
     """
 
     def __init__(
@@ -215,17 +229,16 @@ class Gathering:
         model: PreTrainedModel,
         anatomy: Anatomy,
         joint: MomentSums | None = None,
-        inputs: bool = True,
+        joint_only: bool = False,
     ) -> None:
-        self.absolute: dict[str, torch.Tensor] = {}
-        self.squared: dict[str, torch.Tensor] = {}
-        self.inputs: dict[str, torch.Tensor] = {}
+        self.gates: dict[str, torch.Tensor] = {}  # (2, 2, units): sizes and squares, by halves
+        self.inputs: dict[str, torch.Tensor] = {}  # (units, columns)
         self.examples = 0
         self.tokens = [0] * len(anatomy.stacks)
         self.parts: list[Group | Block] = [*anatomy, *anatomy.experts]
         self.joint = joint
         self._model = model
-        self._with_inputs = inputs
+        self._joint_only = joint_only
         self._batch: Batch = {}
         self._index = 0
         self._ignored = False
@@ -264,49 +277,74 @@ class Gathering:
         dimension for the batch.
         """
         activation, gradient = (by_example(self._batch, t) for t in (activation, gradient))
-        # Sums in bf16 would lose small terms.
-        wide = torch.promote_types(activation.dtype, torch.float32)
-        values = activation.to(wide)
-        product, units = values * gradient.to(wide), (group.units, group.columns)
-        if is_token_level(self._model, self._batch):
-            per_token = product.unflatten(-1, units).sum(-1) if group.columns > 1 else product
-            per_example = per_token.sum(dim=1)
-            squares = per_token.square_().sum(dim=1)
-        else:
-            per_example = product.sum(dim=1).unflatten(-1, units).sum(-1)  # tokens first: cheaper
-            squares = per_example.square()
-        halves = self._halves(squares)
+        columns = self._observed(group) * group.columns
+        activation, gradient = activation[..., :columns], gradient[..., :columns]
+        mask = padding_mask(self._batch, activation, is_decoder(self._model, group))
+        real = activation.new_ones(activation.shape[:2]) if mask is None else mask
+        several = _examples_at_once(activation)
+        pieces = [t.split(several) for t in (activation, gradient, real)]
+        sums = torch.cat([self._sums(group, *some) for some in zip(*pieces, strict=True)], dim=1)
+        halves = (self._half_of(sums) @ sums).double()
         if not torch.isfinite(halves).all():
             raise DataError(
                 f"The gate gradients of {group.name} are not finite in calibration batch"
                 f" {self._index}."
             )
-        mask = padding_mask(self._batch, values, is_decoder(self._model, group))
-        real = values.new_ones(values.shape[:2]) if mask is None else mask.to(values)
-        if self._with_inputs:
-            # A product of matrices: no masked copy is made. The product's memory is there already.
-            inputs = real.flatten() @ torch.mul(values, values, out=product).flatten(0, 1)
-            self._add(self.inputs, group, inputs.unflatten(0, units))
-        self._add(self.absolute, group, self._halves(per_example.abs()))
-        self._add(self.squared, group, halves)
+        self._add(self.gates, group, halves)
         if not self._seen:
-            self.examples += len(per_example)
+            self.examples += len(activation)
         if group.stack not in self._seen:
             self._seen.add(group.stack)
             self.tokens[group.stack] += int(real.sum())
 
-    def _halves(self, values: torch.Tensor) -> torch.Tensor:
-        """(batch, units) -> (2, units): sums over every other example of the batch.
+    def _observed(self, group: Group | Block) -> int:
+        """How many of a group's units, its first, are observed."""
+        few = self._joint_only and isinstance(group, Group)
+        return min(group.units, _OBSERVED) if few else group.units
+
+    def _sums(
+        self,
+        group: Group | Block,
+        activation: torch.Tensor,
+        gradient: torch.Tensor,
+        real: torch.Tensor,
+    ) -> torch.Tensor:
+        """(2, examples, units) of some examples: their gate gradients' sizes, and squares. Counts
+        their inputs in, too.
+        """
+        # Sums in bf16 would lose small terms.
+        wide = torch.promote_types(activation.dtype, torch.float32)
+        values, units = activation.to(wide), (-1, group.columns)
+        product = values * gradient.to(wide)
+        if is_token_level(self._model, self._batch):
+            per_token = product.unflatten(-1, units).sum(-1) if group.columns > 1 else product
+            of_example = per_token.sum(dim=1)
+            squares = per_token.square_().sum(dim=1)
+        else:
+            of_example = product.sum(dim=1)  # tokens first: cheaper
+            if group.columns > 1:
+                of_example = of_example.unflatten(-1, units).sum(-1)
+            squares = of_example.square()
+        if not self._joint_only:
+            # A product of matrices: no masked copy is made. The product's memory is there already.
+            product = torch.mul(values, values, out=product).flatten(0, 1)
+            inputs = (real.to(wide).flatten() @ product).unflatten(0, units)
+            self._add(self.inputs, group, inputs.double())
+        return torch.stack([of_example.abs_(), squares])
+
+    def _half_of(self, sums: torch.Tensor) -> torch.Tensor:
+        """(2, examples), one where the example, every other of the batch, is of the half.
 
         Batches take turns in which half their first example goes to: they may be of one example.
         """
-        starts = (self._index % 2, (self._index + 1) % 2)
-        return torch.stack([values[start::2].double().sum(dim=0) for start in starts])
+        of_half = sums.new_zeros(2, sums.shape[1])
+        of_half[self._index % 2, ::2] = 1
+        of_half[(self._index + 1) % 2, 1::2] = 1
+        return of_half
 
     @staticmethod
     def _add(sums: dict[str, torch.Tensor], group: Group | Block, values: torch.Tensor) -> None:
-        values = values.double()
-        sums[group.name] = sums[group.name] + values if group.name in sums else values
+        sums[group.name] = sums[group.name].add_(values) if group.name in sums else values
 
     def reduce(self, device: torch.device) -> None:
         """Add up the sums of all processes."""
@@ -315,32 +353,39 @@ class Gathering:
         counts = torch.tensor([self.examples, *self.tokens], device=device)
         dist.all_reduce(counts)
         self.examples, *self.tokens = counts.tolist()
-        reached = torch.tensor([int(g.name in self.absolute) for g in self.parts], device=device)
+        reached = torch.tensor([int(g.name in self.gates) for g in self.parts], device=device)
         dist.all_reduce(reached)
         seen = [g for g, times in zip(self.parts, reached, strict=True) if times]
         if self.joint:
             groups = [g for g in seen if isinstance(g, Group)]
             self.joint.reduce(((g, *_outlet_rows(self._model, g).shape) for g in groups), device)
         for group in seen:
-            for sums, shape in (
-                (self.absolute, (2, group.units)),
-                (self.squared, (2, group.units)),
-                (self.inputs, (group.units, group.columns)),
-            ):
-                empty = torch.zeros(shape, dtype=torch.float64, device=device)
-                dist.all_reduce(total := sums.get(group.name, empty))
-                sums[group.name] = total
+            self._total(self.gates, group, (2, 2, self._observed(group)), device)
+            if not self._joint_only:
+                self._total(self.inputs, group, (group.units, group.columns), device)
+
+    @staticmethod
+    def _total(
+        sums: dict[str, torch.Tensor],
+        group: Group | Block,
+        shape: tuple[int, ...],
+        device: torch.device,
+    ) -> None:
+        """Add up one group's sums of all processes; this one may have none."""
+        own = sums.get(group.name)
+        total = torch.zeros(shape, dtype=torch.float64, device=device) if own is None else own
+        dist.all_reduce(total)
+        sums[group.name] = total
 
     def evidence(
         self, model: PreTrainedModel, group: Group | Block, seed: int
     ) -> tuple[Evidence, tuple[Evidence, Evidence]]:
         """The evidence of a group, from all examples and from each half of them."""
-        if group.units and group.name not in self.absolute:
+        if group.units and group.name not in self.gates:
             raise DataError(f"The loss does not depend on {group.name}: no gradient reached it.")
         outlet, weights = _weight_norms(model, group)
-        none = torch.zeros(2, group.units, dtype=torch.float64)
-        absolute = self.absolute.get(group.name, none).cpu()
-        squared = self.squared.get(group.name, none).cpu()
+        none = torch.zeros(2, 2, group.units, dtype=torch.float64)
+        absolute, squared = self.gates.get(group.name, none).cpu()
         whole = Evidence(
             absolute=absolute.sum(dim=0),
             squared=squared.sum(dim=0),

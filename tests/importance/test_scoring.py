@@ -250,6 +250,29 @@ def test_the_halves_disagree_a_little_when_they_differ():
         assert 0.1 < value < 0.999
 
 
+def test_examples_are_summed_a_few_at_a_time(family, monkeypatch):
+    model, batch = make(family)
+    at_once = score(model, [batch])
+    tokens, columns = batch["input_ids"].shape[1], model.config.intermediate_size
+    monkeypatch.setattr("hfprune.importance.scoring._CACHED", 2 * tokens * columns)
+    assert_same(score(model, [batch]), at_once, **CLOSE)
+
+
+def test_joint_criteria_alone_are_compared_by_some_units(family, monkeypatch):
+    monkeypatch.setattr("hfprune.importance.scoring._OBSERVED", 3)
+    model, batch = make(family)
+    scores = score(model, [batch], ["reconstruction"])
+    halves = [
+        score(model, [rows(batch, slice(start, None, 2))], ["fisher"]).by("fisher")
+        for start in (0, 1)
+    ]
+    first = [torch.cat([values[:3] for values in half.values()]) for half in halves]
+    assert scores.agreement == {"reconstruction": pytest.approx(rank_correlation(*first))}
+    together = score(model, [batch], ["fisher", "reconstruction"])
+    for group, values in scores.by("reconstruction").items():
+        torch.testing.assert_close(values, together.by("reconstruction")[group], **CLOSE)
+
+
 def test_rank_correlation_is_spearmans():
     scipy = pytest.importorskip("scipy.stats")
     generator = torch.Generator().manual_seed(0)
