@@ -64,8 +64,8 @@ class _Gram:
     """A sum of rows^T rows, of rows that come a few at a time: little more than half of it."""
 
     def __init__(self, side: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._side = side
-        padded = side + -side % _ALIGNED
+        self._side, self._padding = side, -side % _ALIGNED
+        padded = side + self._padding
         self._blocks = {
             first: torch.zeros(
                 min(_BLOCK, padded - first), padded - first, dtype=dtype, device=device
@@ -83,7 +83,7 @@ class _Gram:
     def _multiply(self) -> None:
         if not self._waiting:
             return
-        rows = torch.nn.functional.pad(torch.cat(self._waiting), (0, -self._side % _ALIGNED))
+        rows = torch.nn.functional.pad(torch.cat(self._waiting), (0, self._padding))
         self._waiting.clear()
         for first, block in self._blocks.items():
             block.addmm_(rows[:, first : first + _BLOCK].T, rows[:, first:])

@@ -201,6 +201,11 @@ def _examples_at_once(activation: torch.Tensor) -> int:
     return max(1, _CACHED // max(1, activation[0].numel()))
 
 
+def _of_units(values: torch.Tensor, columns: int) -> torch.Tensor:
+    """(..., units) sums over the columns of each unit; the values themselves where it is one."""
+    return values.unflatten(-1, (-1, columns)).sum(dim=-1) if columns > 1 else values
+
+
 def rank_correlation(one: torch.Tensor, other: torch.Tensor) -> float:
     """Spearman's rank correlation of two equally long vectors; 0 if one of them is constant."""
     ranks = torch.stack([_ranks(one), _ranks(other)])
@@ -283,7 +288,16 @@ class Gathering:
         real = activation.new_ones(activation.shape[:2]) if mask is None else mask
         several = _examples_at_once(activation)
         pieces = [t.split(several) for t in (activation, gradient, real)]
-        sums = torch.cat([self._sums(group, *some) for some in zip(*pieces, strict=True)], dim=1)
+        wide = torch.promote_types(activation.dtype, torch.float32)  # bf16 would lose small terms
+        some: list[torch.Tensor] = []
+        for values, slopes, counted in zip(*pieces, strict=True):
+            values = values.to(wide)
+            some.append(self._gate_sums(group, values, slopes.to(wide)))
+            if not self._joint_only:
+                # A product of matrices: no masked copy is made.
+                inputs = counted.to(wide).flatten() @ values.square().flatten(0, 1)
+                self._add(self.inputs, group, inputs.unflatten(0, (-1, group.columns)).double())
+        sums = torch.cat(some, dim=1)
         halves = (self._half_of(sums) @ sums).double()
         if not torch.isfinite(halves).all():
             raise DataError(
@@ -302,34 +316,18 @@ class Gathering:
         few = self._joint_only and isinstance(group, Group)
         return min(group.units, _OBSERVED) if few else group.units
 
-    def _sums(
-        self,
-        group: Group | Block,
-        activation: torch.Tensor,
-        gradient: torch.Tensor,
-        real: torch.Tensor,
+    def _gate_sums(
+        self, group: Group | Block, values: torch.Tensor, slopes: torch.Tensor
     ) -> torch.Tensor:
-        """(2, examples, units) of some examples: their gate gradients' sizes, and squares. Counts
-        their inputs in, too.
-        """
-        # Sums in bf16 would lose small terms.
-        wide = torch.promote_types(activation.dtype, torch.float32)
-        values, units = activation.to(wide), (-1, group.columns)
-        product = values * gradient.to(wide)
+        """(2, examples, units) of some examples: their gate gradients' sizes, and squares."""
+        product = values * slopes
         if is_token_level(self._model, self._batch):
-            per_token = product.unflatten(-1, units).sum(-1) if group.columns > 1 else product
-            of_example = per_token.sum(dim=1)
-            squares = per_token.square_().sum(dim=1)
+            of_token = _of_units(product, group.columns)
+            of_example = of_token.sum(dim=1)
+            squares = of_token.square_().sum(dim=1)
         else:
-            of_example = product.sum(dim=1)  # tokens first: cheaper
-            if group.columns > 1:
-                of_example = of_example.unflatten(-1, units).sum(-1)
+            of_example = _of_units(product.sum(dim=1), group.columns)  # tokens first: cheaper
             squares = of_example.square()
-        if not self._joint_only:
-            # A product of matrices: no masked copy is made. The product's memory is there already.
-            product = torch.mul(values, values, out=product).flatten(0, 1)
-            inputs = (real.to(wide).flatten() @ product).unflatten(0, units)
-            self._add(self.inputs, group, inputs.double())
         return torch.stack([of_example.abs_(), squares])
 
     def _half_of(self, sums: torch.Tensor) -> torch.Tensor:
