@@ -119,15 +119,15 @@ def _eliminated(
     own = inverse[columns[:, :, None], columns[:, None, :]]  # (units, width, width)
     left = torch.ones(units, dtype=torch.bool, device=rows.device)
     identity = torch.eye(step * width, dtype=rows.dtype, device=rows.device)
-    taken, done = inverse.new_empty(len(rows), count * width), 0  # a column for each that is gone
+    taken, done = inverse.new_empty(count * width, len(rows)), 0  # a row for each that is gone
     order, errors = [], []
     while done < count * width:
         closest = _quadratic(rows.unflatten(0, (units, width)), own).where(left, torch.inf)
         going = closest.argsort(stable=True)[: min(step, count - done // width)]
         gone = columns[going].flatten()
-        before = taken[:, :done]
+        before = taken[:done]
         current = inverse.index_select(0, gone)
-        current.addmm_(before.index_select(0, gone), before.T, alpha=-1)
+        current.addmm_(before.index_select(1, gone).T, before, alpha=-1)
         # A Cholesky factor takes the units of a step one after another.
         factor = torch.linalg.cholesky(current.index_select(1, gone))
         # Its inverse, because it is small: solving with all columns would take longer.
@@ -137,19 +137,19 @@ def _eliminated(
         order.append(going)
         errors.append(added.square().sum(dim=1).unflatten(0, (-1, width)).sum(dim=1).double())
         left[going] = False
-        now = whiten @ current
-        taken[:, done : done + len(gone)], done = now.T, done + len(gone)
+        now = torch.mm(whiten, current, out=taken[done : done + len(gone)])
+        done += len(gone)
         rows.addmm_(now.T, added, alpha=-1)
         by_unit = now.unflatten(1, (units, width))
         own -= torch.einsum("gui,guj->uij", by_unit, by_unit)
         own[going] = identity[:width, :width]
     rest = columns[left].flatten()
-    taken = taken.index_select(0, rest)
+    taken = taken.index_select(1, rest)
     return _Elimination(
         torch.cat(order),
         torch.cat(errors),
         left.nonzero().flatten(),
-        inverse.index_select(0, rest).index_select(1, rest).addmm_(taken, taken.T, alpha=-1),
+        inverse.index_select(0, rest).index_select(1, rest).addmm_(taken.T, taken, alpha=-1),
         rows[rest],
     )
 
@@ -166,12 +166,13 @@ def _quadratic(pieces: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 
 def _damped_inverse(inputs: torch.Tensor, bias: bool) -> torch.Tensor:
     """Inverse second moments of the inputs; about their mean where a bias takes the mean over."""
-    gram, sums = inputs[:-1, :-1].clone(), inputs[:-1, -1]
+    gram, sums = inputs[:-1, :-1].clone(), inputs[-1, :-1]
     damping = DAMPING * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
     if bias:
         gram.addr_(sums / inputs[-1, -1], sums, alpha=-1)
     gram.diagonal().add_(damping)
-    return torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    # LAPACK's order is by columns. The inverse is its own transpose, whose rows can be taken fast.
+    return torch.cholesky_inverse(torch.linalg.cholesky(gram)).mT
 
 
 def _square_root(moment: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
