@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import hfprune
 from hfprune.evaluation.evaluate import evaluate_perplexity
 from hfprune.files import write_whole
-from hfprune.importance.losses import Batch
+from hfprune.importance.batches import Batch
 from hfprune.pipeline import calibration_batches, evaluation_batches, run
 from hfprune.processes import Processes
 from hfprune.publishing.figures import draw_curve

@@ -40,7 +40,8 @@ from transformers import (
 )
 
 import hfprune
-from hfprune.importance.losses import Batch, labels_loss
+from hfprune.importance.batches import Batch
+from hfprune.importance.losses import labels_loss
 from hfprune.structure.fitness import forget_gguf
 
 RUNS = ROOT / "runs" / "benchmark-scoring-cost"

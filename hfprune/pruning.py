@@ -12,7 +12,7 @@ from transformers.models.auto import modeling_auto as auto
 from hfprune.errors import HfpruneError
 from hfprune.evaluation.evaluate import Quality, evaluate_classification, evaluate_perplexity
 from hfprune.importance import gates
-from hfprune.importance.losses import Batch
+from hfprune.importance.batches import Batch
 from hfprune.importance.scores import Scores
 from hfprune.importance.scoring import score
 from hfprune.planning.budget import Budget

@@ -295,7 +295,7 @@ def model_inputs(
     batch: Mapping[str, torch.Tensor], device: torch.device
 ) -> dict[str, torch.Tensor]:
     """The batch without its right answers (no loss is wanted), on the model's device."""
-    from hfprune.importance.losses import ANSWERS
+    from hfprune.importance.batches import ANSWERS
 
     return {name: tensor.to(device) for name, tensor in batch.items() if name not in ANSWERS}
 

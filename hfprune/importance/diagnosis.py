@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfprune.errors import DataError
-from hfprune.importance.losses import Batch, Loss, examples_in
+from hfprune.importance.batches import Batch
+from hfprune.importance.losses import Loss
 from hfprune.structure.architectures import row_of
 
 logger = logging.getLogger(__name__)
@@ -60,10 +61,8 @@ def loss_of(loss: Loss, model: PreTrainedModel, batch: Batch, index: int) -> tor
         index: number of the batch.
 
     Raises:
-        DataError: names the batch: it has no examples, the loss refuses it, or gives no number.
+        DataError: names the batch: the loss refuses it, or gives no number.
     """
-    if not batch or not examples_in(batch):
-        raise DataError(f"Calibration batch {index} has no examples; leave it out.")
     try:
         value = loss(model, batch)
     except DataError as error:

@@ -8,7 +8,7 @@ neither its batch nor the process that the batch lands on changes its scores.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,10 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
 from hfprune.errors import DataError, HfpruneError, unknown
-from hfprune.structure.anatomy import Block, Group
+from hfprune.importance.batches import ANSWERS, IGNORED, Batch, examples_in, padding_mask
 
-Batch = Mapping[str, torch.Tensor]
 Loss = Callable[[PreTrainedModel, Batch], torch.Tensor]
 
-IGNORED = -100  # label of a position without a loss, in all of transformers
-ANSWERS = ("labels", "start_positions", "end_positions")  # what a batch is judged by
 _CAUSAL = frozenset(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()).union(
     auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
 )
@@ -34,6 +31,19 @@ _TOKEN_LEVEL = _CAUSAL.union(
             auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
             auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
             auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        )
+    )
+)
+_CTC = frozenset(auto.MODEL_FOR_CTC_MAPPING_NAMES.values())
+_EXAMPLE_LEVEL = _CTC.union(  # whatever shape their labels come in
+    *(
+        names.values()
+        for names in (
+            auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+            auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+            auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+            auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES,
+            auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         )
     )
 )
@@ -85,7 +95,7 @@ def sampled_loss(model: PreTrainedModel, batch: Batch, seed: int = 0) -> torch.T
     generators = [_generator(batch, example, seed) for example in range(examples_in(batch))]
     if "start_logits" in outputs:
         start, end = _wide(outputs["start_logits"]), _wide(outputs["end_logits"])
-        if (mask := padding_mask(batch, start, decoder=False)) is not None:
+        if (mask := padding_mask(model, batch, start, "inputs")) is not None:
             # The positions are the classes: those of padding would take part in the softmax.
             nothing = torch.finfo(start.dtype).min
             start, end = (side.masked_fill(mask == 0, nothing) for side in (start, end))
@@ -125,10 +135,10 @@ def logits_loss(model: PreTrainedModel, batch: Batch, seed: int = 0) -> torch.Te
     outputs = _predictions(model, batch)
     if spans := "start_logits" in outputs:
         logits = torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=1)
-        mask = padding_mask(batch, outputs["start_logits"], decoder=False)
+        mask = padding_mask(model, batch, outputs["start_logits"], "inputs")
     else:
         logits = outputs["logits"]
-        mask = padding_mask(batch, logits, model.config.is_encoder_decoder)
+        mask = _real_tokens(model, batch, logits)
     logits = _wide(logits)
     directions = torch.zeros_like(logits)
     for example in range(examples_in(batch)):
@@ -179,10 +189,13 @@ def _check_labels(model: PreTrainedModel, batch: Batch) -> None:
 def _generator(batch: Batch, example: int, seed: int) -> torch.Generator:
     """Randomness of one example: from what is in it, without its padding, and the seed."""
     content = zlib.crc32(str(seed).encode())
+    examples = examples_in(batch)
     for name in sorted(batch.keys() - set(ANSWERS)):
+        if len(batch[name]) != examples:  # patches of all images in one sequence
+            continue
         row = batch[name][example]
         mask = batch.get("decoder_attention_mask" if "decoder" in name else "attention_mask")
-        if mask is not None and mask[example].shape == row.shape:
+        if mask is not None and row.shape[: mask.dim() - 1] == mask[example].shape:
             row = row[mask[example].bool()]
         if row.numel():
             scalars = row.cpu().flatten().contiguous().view(torch.uint8)
@@ -222,8 +235,18 @@ def _counted(model: PreTrainedModel, batch: Batch, logits: torch.Tensor) -> torc
     labels = batch.get("labels")
     if labels is not None and labels.shape == logits.shape[:2]:
         return labels != IGNORED
-    mask = padding_mask(batch, logits, model.config.is_encoder_decoder)
+    mask = _real_tokens(model, batch, logits)
     return torch.ones_like(logits[..., 0]).bool() if mask is None else mask.bool()
+
+
+def _real_tokens(model: PreTrainedModel, batch: Batch, logits: torch.Tensor) -> torch.Tensor | None:
+    """The mask of real tokens of logits (examples, tokens, classes); none where there is one row of
+    classes for each example.
+    """
+    if logits.dim() < 3:
+        return None
+    decodes = model.config.is_encoder_decoder
+    return padding_mask(model, batch, logits, "decoder inputs" if decodes else "inputs")
 
 
 def _problem(model: PreTrainedModel, batch: Batch) -> str:
@@ -242,60 +265,42 @@ def _wide(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def examples_in(batch: Batch) -> int:
-    """Number of examples in a batch."""
-    first = next(iter(batch.values()))
-    return len(batch.get("input_ids", first))  # patches of all images may come in one sequence
-
-
-def by_example(batch: Batch, values: torch.Tensor) -> torch.Tensor:
-    """(batch, tokens, features), of values that may have batch and tokens in one dimension."""
-    return values.unflatten(0, (examples_in(batch), -1)) if values.dim() == 2 else values
-
-
 def terms(model: PreTrainedModel, batch: Batch) -> int:
-    """How many terms the model's loss is the mean of: examples, or labelled tokens."""
+    """How many terms the model's loss is the mean of: examples, or labelled tokens; 1 of a sum."""
+    if _is_one_of(_CTC, model) and model.config.ctc_loss_reduction == "sum":
+        return 1
     labels = batch.get("labels")
-    if labels is None or not has_token_labels(batch):
+    if labels is None or not _has_token_labels(model, batch):
         return examples_in(batch)
     if shifts_labels(model):
         labels = labels[:, 1:]  # the first token is predicted by nothing
     return int((labels != IGNORED).sum())
 
 
-def has_token_labels(batch: Batch) -> bool:
+def _has_token_labels(model: PreTrainedModel, batch: Batch) -> bool:
     """Whether the labels name a class for every token (language models, token classification)."""
     labels = batch.get("labels")
-    return labels is not None and labels.dim() == 2 and not labels.is_floating_point()
+    if labels is None or _is_one_of(_EXAMPLE_LEVEL, model):
+        return False
+    return labels.dim() == 2 and not labels.is_floating_point()
 
 
 def is_token_level(model: PreTrainedModel, batch: Batch) -> bool:
     """Whether the loss is a sum over tokens: by the labels, or by the model if there are none."""
     if "labels" in batch:
-        return has_token_labels(batch)
-    return any(kind.__name__ in _TOKEN_LEVEL for kind in type(model).__mro__)
-
-
-def is_decoder(model: PreTrainedModel, group: Group | Block) -> bool:
-    """Whether a group of units lies in the decoder of an encoder-decoder."""
-    return model.config.is_encoder_decoder and group.stack == 1
-
-
-def padding_mask(batch: Batch, states: torch.Tensor, decoder: bool) -> torch.Tensor | None:
-    """The (batch, tokens) mask of real tokens, where the batch has one that fits the states; of a
-    decoder whose inputs are its labels, those are real that are labelled.
-    """
-    mask = batch.get("decoder_attention_mask" if decoder else "attention_mask")
-    if decoder and mask is None and "decoder_input_ids" not in batch and "labels" in batch:
-        mask = batch["labels"] != IGNORED
-    return mask if mask is not None and mask.shape == states.shape[:2] else None
+        return _has_token_labels(model, batch)
+    return _is_one_of(_TOKEN_LEVEL, model)
 
 
 def shifts_labels(model: PreTrainedModel) -> bool:
     """Whether the loss compares each position with the next label, as decoders' losses do."""
+    return _is_one_of(_CAUSAL, model)
+
+
+def _is_one_of(classes: Set[object], model: PreTrainedModel) -> bool:
     # By the class's name, or its parents' (FSDP makes a subclass): `loss_type` is None for
     # GPT2LMHeadModel and its like.
-    return any(kind.__name__ in _CAUSAL for kind in type(model).__mro__)
+    return any(kind.__name__ in classes for kind in type(model).__mro__)
 
 
 LOSSES: dict[str, Callable[[PreTrainedModel, Batch, int], torch.Tensor]] = {

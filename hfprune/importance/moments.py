@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from hfprune.importance.losses import Batch, by_example, is_decoder, padding_mask
+from hfprune.importance.batches import Batch, by_example, padding_mask, reads
 from hfprune.structure.anatomy import Group
 
 TOKENS_PER_COLUMN = 1.5
@@ -130,11 +130,11 @@ class MomentSums:
         """Add one outlet's input and the gradient of its output, (batch, tokens, features), with
         the output's size, (batch, tokens); or each without a dimension for the batch.
         """
-        inputs, gradient = (by_example(self._batch, t) for t in (inputs, gradient))
+        inputs, gradient = (by_example(self._model, self._batch, t) for t in (inputs, gradient))
         weight = torch.linalg.vector_norm(gradient, dim=-1, dtype=self._dtype)  # (batch, tokens)
         size = size.reshape(weight.shape).to(self._dtype)
         weight = weight.mul_(size).square_()
-        mask = padding_mask(self._batch, inputs, is_decoder(self._model, group))
+        mask = padding_mask(self._model, self._batch, inputs, reads(self._model, group.name))
         real = torch.ones_like(weight) if mask is None else mask.to(weight)
         mean = weight.sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp(min=1)
         weight = weight.lerp(mean * real, 0.5).where(size > 0, 0.0).flatten()

@@ -5,7 +5,9 @@ criterion.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+import operator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import ParamSpec
 
@@ -17,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hfprune.errors import DataError, HfpruneError
+from hfprune.importance.batches import Batch, by_example, padding_mask, placed, reads
 from hfprune.importance.criteria import (
     CRITERIA,
     HALVED,
@@ -35,15 +38,7 @@ from hfprune.importance.gates import (
     recomputing,
     uncached,
 )
-from hfprune.importance.losses import (
-    Batch,
-    Loss,
-    by_example,
-    is_decoder,
-    is_token_level,
-    loss_named,
-    padding_mask,
-)
+from hfprune.importance.losses import Loss, is_token_level, loss_named
 from hfprune.importance.moments import MomentSums
 from hfprune.importance.reconstruction import Joint
 from hfprune.importance.scores import Scores
@@ -58,6 +53,9 @@ from hfprune.structure.anatomy import (
 )
 
 P = ParamSpec("P")
+
+_SHARED_OUT = {"DataLoaderShard", "DataLoaderDispatcher"}
+"""Accelerate's loaders of a process's share; by name, because they take a second to import."""
 
 _CACHED = 2**18
 """So many numbers stay in a processor's cache until they are summed."""
@@ -107,7 +105,7 @@ def score(
     wanted = {name: criterion_named(name) for name in names}
     chosen = loss_named(loss, seed) if isinstance(loss, str) else loss
     anatomy = Anatomy.of(model)
-    total = len(batches) if isinstance(batches, Sized) else None
+    total = operator.length_hint(batches) or None  # a loader of a stream has a len() that raises
     joint = MomentSums(model, total) if moments or not JOINT.isdisjoint(wanted) else None
     gathering = Gathering(model, anatomy, joint, joint_only=JOINT.issuperset(wanted))
     # The graph would hold every weight that was brought; computed again, a layer brings its own.
@@ -116,26 +114,31 @@ def score(
     device = torch.device("cpu") if model.device.type == "meta" else model.device
     watching = gathering.watch(anatomy)
     with frozen(model), uncached(model), watching, again, LeanCrossEntropy(), torch.enable_grad():
-        shares = _shares(tqdm(batches, "scoring", total, delay=2, leave=False), model)
+        shares = _shares(batches, total, model)
         for index, batch, counts in shares:
-            here = {name: tensor.to(device) for name, tensor in batch.items()}
+            here = placed(batch, index, device)
             gathering.start(here, index, counts)
             value = loss_of(chosen, model, here, index)
             check_finite(value, index, model, here, chosen)
-            if not value.requires_grad:
-                raise DataError("The loss does not depend on any head or neuron of the model.")
-            value.backward()
+            if value.requires_grad:
+                value.backward()
+            if counts and not gathering.seen:
+                raise DataError(
+                    f"The loss of calibration batch {index} does not depend on any head or neuron"
+                    " of the model."
+                )
     gathering.reduce(device)
     if not gathering.examples:
         raise DataError("There are no calibration batches; give at least one.")
     importance: dict[str, dict[str, torch.Tensor]] = {name: {} for name in wanted}
     halves: list[tuple[Evidence, Evidence]] = []
     kept: dict[str, torch.Tensor] = {}
-    for i, part in enumerate(tqdm(gathering.parts, "ranking", delay=2, leave=False)):
-        whole, pair = gathering.evidence(model, part, seed + i)
+    for part in tqdm(gathering.parts, "ranking", delay=2, leave=False):
+        whole, pair = gathering.evidence(model, part, seed)
         halves.append(pair)
-        for name, function in wanted.items():
-            importance[name][part.name] = _by_unit(name, function, part, whole)
+        with _own_precision(device):
+            for name, function in wanted.items():
+                importance[name][part.name] = _by_unit(name, function, part, whole)
         if moments and whole.joint:
             kept[part.name] = whole.joint.moments.inputs.cpu()
     agreement: dict[str, float] = {}
@@ -162,6 +165,8 @@ def _by_unit(
     Raises:
         HfpruneError: it is not a finite number for each of them.
     """
+    if not part.units:
+        return torch.zeros(0, dtype=torch.float64)
     values = function(evidence)
     found = None
     if not isinstance(values, torch.Tensor):
@@ -178,20 +183,37 @@ def _by_unit(
     return values.double().cpu()
 
 
-def _shares(batches: Iterable[Batch], model: PreTrainedModel) -> Iterator[tuple[int, Batch, bool]]:
+def _shares(
+    batches: Iterable[Batch], total: int | None, model: PreTrainedModel
+) -> Iterator[tuple[int, Batch, bool]]:
     """This process's batches, with their numbers among all, and whether they count.
 
     Sharded weights are gathered by all processes at once: so each takes equally many batches, the
     last one again where there are too few.
+
+    Raises:
+        DataError: a loader that accelerate prepared: it holds a share already.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if world > 1 and (prepared := type(batches).__name__) in _SHARED_OUT:
+        raise DataError(
+            f"The batches come from accelerator.prepare() (a {prepared}), which gives every process"
+            " other ones; give the loader that was prepared."
+        )
     index, batch = -1, None
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(tqdm(batches, "scoring", total, delay=2, leave=False)):
         if index % world == rank:
             yield index, batch, True
     sharded = any(isinstance(p, DTensor) for p in model.parameters())
     if sharded and batch is not None and rank > index % world:
         yield index, batch, False
+
+
+def _own_precision(device: torch.device) -> torch.autocast:
+    """No autocast while the context is open: sums are in float32 or wider, and some products are
+    not defined of two precisions.
+    """
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 
 def _examples_at_once(activation: torch.Tensor) -> int:
@@ -247,7 +269,7 @@ class Gathering:
         self._batch: Batch = {}
         self._index = 0
         self._ignored = False
-        self._seen: set[int] = set()
+        self.seen: set[int] = set()  # stacks whose gradients this batch has given
 
     @contextmanager
     def watch(self, anatomy: Anatomy) -> Iterator[None]:
@@ -263,7 +285,8 @@ class Gathering:
     def _unless_ignored(self, receive: Callable[P, None]) -> Callable[P, None]:
         def filtered(*args: P.args, **kwargs: P.kwargs) -> None:
             if not self._ignored:
-                receive(*args, **kwargs)
+                with _own_precision(self._model.device):
+                    receive(*args, **kwargs)
 
         return filtered
 
@@ -271,7 +294,7 @@ class Gathering:
         """Tell which batch, of all processes' batches, the coming gradients belong to, and whether
         they count.
         """
-        self._batch, self._index, self._ignored, self._seen = batch, index, not counts, set()
+        self._batch, self._index, self._ignored, self.seen = batch, index, not counts, set()
         if self.joint:
             self.joint.start(batch)
 
@@ -281,10 +304,12 @@ class Gathering:
         """Add one group's input and gradient, each (batch, tokens, units x columns), or without a
         dimension for the batch.
         """
-        activation, gradient = (by_example(self._batch, t) for t in (activation, gradient))
+        activation, gradient = (
+            by_example(self._model, self._batch, t) for t in (activation, gradient)
+        )
         columns = self._observed(group) * group.columns
         activation, gradient = activation[..., :columns], gradient[..., :columns]
-        mask = padding_mask(self._batch, activation, is_decoder(self._model, group))
+        mask = padding_mask(self._model, self._batch, activation, reads(self._model, group.name))
         real = activation.new_ones(activation.shape[:2]) if mask is None else mask
         several = _examples_at_once(activation)
         pieces = [t.split(several) for t in (activation, gradient, real)]
@@ -305,10 +330,10 @@ class Gathering:
                 f" {self._index}."
             )
         self._add(self.gates, group, halves)
-        if not self._seen:
+        if not self.seen:
             self.examples += len(activation)
-        if group.stack not in self._seen:
-            self._seen.add(group.stack)
+        if group.stack not in self.seen:
+            self.seen.add(group.stack)
             self.tokens[group.stack] += int(real.sum())
 
     def _observed(self, group: Group | Block) -> int:
@@ -378,7 +403,9 @@ class Gathering:
     def evidence(
         self, model: PreTrainedModel, group: Group | Block, seed: int
     ) -> tuple[Evidence, tuple[Evidence, Evidence]]:
-        """The evidence of a group, from all examples and from each half of them."""
+        """The evidence of a group, from all examples and from each half of them; with a seed of its
+        own, made of the one given.
+        """
         if group.units and group.name not in self.gates:
             raise DataError(f"The loss does not depend on {group.name}: no gradient reached it.")
         outlet, weights = _weight_norms(model, group)
@@ -391,7 +418,7 @@ class Gathering:
             outlet=outlet,
             weights=weights,
             examples=self.examples,
-            seed=seed,
+            seed=zlib.crc32(f"{seed}/{group.name}".encode()),
             joint=self._joint(group),
         )
         one, other = (

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hfprune.errors import DataError, HfpruneError, UnsupportedModelError, unknown
-from hfprune.importance.diagnosis import loss_of
+from hfprune.importance.batches import Batch, Reads, padding_mask, placed, reads
+from hfprune.importance.diagnosis import check_finite, loss_of
 from hfprune.importance.gates import evaluating, frozen, uncached
-from hfprune.importance.losses import Batch, Loss, loss_named, padding_mask
+from hfprune.importance.losses import Loss, loss_named
 from hfprune.structure.architectures import ROWS
 
 Scope = Literal["global", "layer", "row"]
@@ -191,7 +192,9 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {
         path: module
         for path, module in _inside_layers(model).items()
-        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in embedded
+        if isinstance(module, nn.Linear | Conv1D)
+        and id(module.weight) not in embedded
+        and module.weight.numel()  # none are left of a pruned layer without heads or neurons
     }
     if not found:
         raise UnsupportedModelError(f"{type(model).__name__} has no linear layers in its layers.")
@@ -306,20 +309,18 @@ def _wanda(
     of_encoder = tuple(f".{name}" for attention in crossed for name in (attention.k, attention.v))
     with ExitStack() as stack:
         for path, module in layers.items():
-            decoder = model.config.is_encoder_decoder and "decoder." in path
-            decoder = decoder and not path.endswith(of_encoder)
+            tower = "inputs" if path.endswith(of_encoder) else reads(model, path)
 
             def watch(
                 module: nn.Module,
                 args: tuple[torch.Tensor, ...],
                 path: str = path,
-                decoder: bool = decoder,
+                tower: Reads = tower,
             ) -> None:
                 squares = args[0].detach().float().square()
-                if (
-                    squares.dim() == 3
-                    and (mask := padding_mask(batch, squares, decoder)) is not None
-                ):
+                if squares.dim() != 3:  # all tokens in one dimension, or a dimension more
+                    squares = squares.reshape(-1, 1, squares.shape[-1])
+                if (mask := padding_mask(model, batch, squares, tower)) is not None:
                     squares = squares * mask.to(squares)[..., None]
                 total = squares.flatten(0, -2).double().sum(dim=0)
                 if not torch.isfinite(total).all():
@@ -332,7 +333,7 @@ def _wanda(
         with evaluating(model), uncached(model):
             for number, given in enumerate(batches):
                 index = number
-                batch = {name: tensor.to(model.device) for name, tensor in given.items()}
+                batch = placed(given, index, model.device)
                 model(**batch)
     for path in layers:
         if path not in sums:
@@ -350,10 +351,9 @@ def _taylor(
             for weight in weights:
                 weight.requires_grad_(True)
             for index, given in enumerate(batches):
-                batch = {name: tensor.to(model.device) for name, tensor in given.items()}
+                batch = placed(given, index, model.device)
                 value = loss_of(loss, model, batch, index)
-                if not torch.isfinite(value):
-                    raise DataError(f"The loss of calibration batch {index} is {value.item()}.")
+                check_finite(value, index, model, batch, loss)
                 slopes = torch.autograd.grad(value, weights, allow_unused=True)
                 for (path, module), slope in zip(layers.items(), slopes, strict=True):
                     if slope is None:

@@ -31,8 +31,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hfprune.errors import DataError, HfpruneError
+from hfprune.importance.batches import Batch, examples_in
 from hfprune.importance.gates import evaluating, outlet_of
-from hfprune.importance.losses import Batch, examples_in
 from hfprune.importance.scores import Scores
 from hfprune.recovery.inlets import inlets_of
 from hfprune.recovery.layer_calls import HELD_OUT

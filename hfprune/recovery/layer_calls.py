@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hfprune.importance.batches import Batch, examples_in, padding_mask, reads
 from hfprune.importance.gates import replaced_forward, uncached
-from hfprune.importance.losses import Batch, examples_in, padding_mask
 
 HELD_OUT = 5
 """One example in so many is held out to judge fits."""
@@ -70,16 +70,13 @@ class Reached(Exception):
     """All that is wanted of a forward pass is known; what comes after need not run."""
 
 
-def layer_calls(
-    model: PreTrainedModel, layers: str, batches: Sequence[Batch], decoder: bool
-) -> list[LayerCall]:
+def layer_calls(model: PreTrainedModel, layers: str, batches: Sequence[Batch]) -> list[LayerCall]:
     """How each layer of a stack is called in every batch, before any of them has run.
 
     Args:
         model: dense or pruned.
         layers: name of the list of layers in the base model.
         batches: what the model is called with.
-        decoder: whether they are the decoder of an encoder-decoder.
     """
     modules = list(model.base_model.get_submodule(layers).children())
     idle = _may_idle(model, modules, batches[0])
@@ -90,7 +87,7 @@ def layer_calls(
         hidden = passed.entered[0]
         here = examples_in(batch)
         held = _held_out(hidden[..., 0].flatten(), here, examples)
-        if (mask := padding_mask(batch, hidden, decoder)) is not None:
+        if (mask := padding_mask(model, batch, hidden, reads(model, layers))) is not None:
             mask = mask.to(hidden.device).bool()
             held = held[mask.flatten()]
         calls.append(LayerCall(hidden, passed.rest, passed.added, mask, held))

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hfprune.errors import DataError
+from hfprune.importance.batches import Batch
 from hfprune.importance.gates import outlet_of
-from hfprune.importance.losses import Batch, is_decoder
 from hfprune.recovery.inlets import Read, inlets_of, reading, refit_inlets
 from hfprune.recovery.junctions import Junction, junction_of, watch
 from hfprune.recovery.layer_calls import LayerCall, Reached, advance, layer_calls
@@ -75,9 +75,8 @@ def sweep(origin: Origin, batches: Sequence[Batch], weights: Sequence[Weights], 
         changed = origin.changed(index)
         if not changed:
             continue
-        decoder = is_decoder(origin.pruned, changed[0])
-        ours = layer_calls(origin.pruned, stack.layers, batches, decoder)
-        theirs = layer_calls(origin.dense, stack.layers, batches, decoder)
+        ours = layer_calls(origin.pruned, stack.layers, batches)
+        theirs = layer_calls(origin.dense, stack.layers, batches)
         layers = origin.layers[index]
         for before_first in range(layers[0][0]):
             advance(origin.dense, stack.layers, theirs, before_first)

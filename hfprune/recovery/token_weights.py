@@ -17,15 +17,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hfprune.errors import DataError
+from hfprune.importance.batches import Batch, by_example, padding_mask, reads
 from hfprune.importance.gates import frozen, output_gradients, recomputing, uncached
-from hfprune.importance.losses import (
-    Batch,
-    by_example,
-    is_decoder,
-    is_token_level,
-    logits_loss,
-    padding_mask,
-)
+from hfprune.importance.losses import is_token_level, logits_loss
 from hfprune.structure.anatomy import Anatomy, Group, is_offloaded
 
 _FLOOR = 0.1
@@ -51,8 +45,9 @@ def token_weights(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Weig
     def receive(
         group: Group, size: torch.Tensor, inputs: torch.Tensor, gradient: torch.Tensor
     ) -> None:
-        squares = by_example(batch, gradient).float().square().sum(dim=-1)  # (batch, tokens)
-        mask = padding_mask(batch, squares[..., None], is_decoder(model, group))
+        gradient = by_example(model, batch, gradient)
+        squares = gradient.float().square().sum(dim=-1)  # (batch, tokens)
+        mask = padding_mask(model, batch, squares, reads(model, group.name))
         weights[-1][group.name] = _shared_out(squares, mask)
 
     watching = output_gradients(model, Anatomy.of(model), receive)

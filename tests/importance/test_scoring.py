@@ -15,6 +15,7 @@ from hfprune.importance.gates import outlet_of
 from hfprune.importance.scores import Scores
 from hfprune.importance.scoring import rank_correlation, score
 from hfprune.structure.anatomy import Anatomy
+from hfprune.structure.surgery import copy_and_cut
 
 
 def total(model, batch):
@@ -461,3 +462,44 @@ def test_experts_and_what_lies_beside_them_are_scored(family):
         for part in (*anatomy, *anatomy.experts):
             one, both = by_one.by(name)[part.name], scores.by(name)[part.name]
             torch.testing.assert_close(one, both, rtol=1e-4, atol=1e-6)
+
+
+def test_random_of_two_seeds_has_nothing_in_common():
+    model, batch = make("bert")
+    draws = [
+        torch.cat(list(score(model, [batch], "random", seed=n).by("random").values()))
+        for n in (0, 1, 2)
+    ]
+    numbers = torch.cat(draws)
+    assert len(numbers.unique()) == len(numbers)
+
+
+def test_a_loss_that_reads_no_layer_is_not_taken_for_no_batches():
+    model, batch = make("bert")
+    probe = torch.zeros(1, requires_grad=True, dtype=torch.float64)
+    with pytest.raises(DataError, match="batch 0 does not depend on any head or neuron"):
+        score(model, [batch], loss=lambda m, b: (m(**b).logits.detach() * probe).sum())
+
+
+def test_autocast_reaches_no_statistics():
+    model = tiny.model("bert", "AutoModelForSequenceClassification")
+    batch = tiny.batch(model) | {"labels": torch.tensor([0, 1])}
+    plain = score(model, [batch], moments=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = score(model, [batch], moments=True)
+    for group, values in plain.by("activation").items():
+        torch.testing.assert_close(cast.by("activation")[group], values, rtol=0.05, atol=0)
+        assert cast.moments[group].dtype == torch.float32
+
+
+def test_a_criterion_is_not_asked_about_groups_without_units(registry):
+    @criterion
+    def relative(evidence):
+        return evidence.squared / evidence.squared.max()
+
+    model, batch = make("bert")
+    anatomy = Anatomy.of(model)
+    selection = {g.name: () if g.layer == 1 else tuple(range(g.units)) for g in anatomy}
+    pruned = copy_and_cut(model, selection)
+    found = score(pruned, [batch], "relative", loss=total).by("relative")
+    assert [len(values) for values in found.values()] == [len(s) for s in selection.values()]

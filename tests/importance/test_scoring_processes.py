@@ -46,6 +46,13 @@ try:
     score(model, batches, loss=first)
 except DataError as error:
     open(f"{folder}/error{rank}", "w").write(str(error))
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
+prepared = prepare_data_loader(DataLoader(batches, batch_size=None))
+try:
+    score(model, prepared, "fisher")
+except DataError as error:
+    open(f"{folder}/prepared{rank}", "w").write(str(error))
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -70,6 +77,7 @@ def check(folder, alone, world):
             assert_same(found, expected, rtol=1e-4, atol=1e-9)  # sums of terms that cancel
             assert found.agreement == pytest.approx(expected.agreement)
         assert "does not depend on layers.1.self_attn" in Path(folder, f"error{rank}").read_text()
+        assert "accelerator.prepare() (a DataL" in Path(folder, f"prepared{rank}").read_text()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ import hfprune
 from hfprune.errors import DataError, HfpruneError, UnsupportedModelError
 from hfprune.importance.losses import labels_loss
 from hfprune.importance.sparsity import Sparsity, linear_layers, sparsify
+from hfprune.structure.anatomy import Anatomy
+from hfprune.structure.surgery import copy_and_cut
 
 
 def labelled(family="llama", dtype=torch.float32):
@@ -254,3 +256,17 @@ def test_experts_are_left_and_the_report_says_so(family):
 
 def test_it_is_public():
     assert hfprune.sparsify is sparsify
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "wanda"])
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_a_pruned_layer_without_heads_has_no_weights_to_compete(family, criterion):
+    model = tiny.model(family)
+    batch = tiny.batch(model) | {"labels": tiny.batch(model)["input_ids"]}
+    groups = Anatomy.of(model)
+    pruned = copy_and_cut(
+        model, {g.name: () if g.layer == 1 else tuple(range(g.units)) for g in groups}
+    )
+    made = sparsify(pruned, 0.5, criterion=criterion, batches=[batch])
+    assert all(mask.numel() for mask in made.masks.values())
+    assert made.zeros / made.weights == pytest.approx(0.5, abs=1e-3)
