@@ -488,7 +488,7 @@ def test_autocast_reaches_no_statistics():
     with torch.autocast("cpu", torch.bfloat16):
         cast = score(model, [batch], moments=True)
     for group, values in plain.by("activation").items():
-        torch.testing.assert_close(cast.by("activation")[group], values, rtol=0.05, atol=0)
+        torch.testing.assert_close(cast.by("activation")[group], values, rtol=0.1, atol=0)
         assert cast.moments[group].dtype == torch.float32
 
 
