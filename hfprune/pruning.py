@@ -22,7 +22,7 @@ from hfprune.planning.solve import plan
 from hfprune.recovery.compensation import compensate as refit
 from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.checkpoint import as_stock, from_pretrained
-from hfprune.structure.surgery import copy_and_cut
+from hfprune.structure.surgery import check_selection, copy_and_cut
 
 Judge = Callable[[PreTrainedModel, Iterable[Batch]], Quality]
 
@@ -64,6 +64,7 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
         HfpruneError: the plan is for another model.
     """
     plan.check_fits(Anatomy.of(model))
+    check_selection(plan.anatomy, plan.keep)
     with gates.masked(model, plan.keep):
         yield model
 

@@ -1,5 +1,7 @@
 """What a plan would leave is what removal leaves."""
 
+import dataclasses
+
 import pytest
 import tiny
 import torch
@@ -72,3 +74,25 @@ def test_another_model_s_plan() -> None:
     made = hfprune.plan(model, hfprune.score(model, batches), "macs=40%")
     with pytest.raises(HfpruneError):
         hfprune.preview(classifier(num_hidden_layers=3), made, batches)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_labels_become_the_decoder_s_inputs(family: str) -> None:
+    model = tiny.model(family)
+    given = tiny.batch(model)
+    batches = [{"input_ids": given["input_ids"], "labels": given["input_ids"].flip(1)}]
+    made = hfprune.plan(model, hfprune.score(model, batches), "params=70%")
+    expected = evaluate_perplexity(hfprune.remove(model, made), batches)
+    loss = hfprune.remove(model, made)(**batches[0]).loss
+    assert expected.value == pytest.approx(loss.exp().item(), rel=1e-4)
+    assert hfprune.preview(model, made, batches).value == pytest.approx(expected.value, rel=1e-4)
+
+
+def test_a_selection_that_cannot_be_is_not_previewed() -> None:
+    model, batches = classifier(), labelled(4, seed=0)
+    made = hfprune.plan(model, hfprune.score(model, batches), "macs=40%")
+    name = next(iter(made.anatomy)).name
+    for units in ((0, 0), (999,)):
+        wrong = dataclasses.replace(made, keep={**made.keep, name: units})
+        with pytest.raises(HfpruneError, match="must be distinct"), hfprune.masked(model, wrong):
+            pass

@@ -203,8 +203,9 @@ def evaluate_perplexity(
     Args:
         model: Called with a batch's tensors; its output has `logits` (batch, tokens, vocabulary).
         batches: Dicts of tensors; `labels` (batch, tokens) are the input ids, or the target's of an
-            encoder-decoder, whose `decoder_input_ids` are given too; -100 where a token is not to
-            be predicted (padding). Sequences that predict no token are left out.
+            encoder-decoder, which makes its decoder's inputs of them where there are no
+            `decoder_input_ids`; -100 where a token is not to be predicted (padding). Sequences that
+            predict no token are left out.
         progress: Show a bar once it takes longer than two seconds.
         seed: Of the bootstrap.
 
@@ -221,7 +222,10 @@ def evaluate_perplexity(
     with inference(model) as device:
         for batch in progress_bar(batches, "perplexity", progress):
             labels = labels_of(batch)
-            logits = model(**model_inputs(batch, device)).logits
+            inputs = model_inputs(batch, device)
+            if not ahead and "decoder_input_ids" not in inputs:
+                inputs["labels"] = labels.to(device)
+            logits = model(**inputs).logits
             # One sequence at a time: a float32 copy of all logits would dwarf the model.
             for predicted, label in zip(logits, labels, strict=True):
                 target = label[ahead:].to(device)  # (tokens - ahead,)

@@ -77,7 +77,10 @@ class Limit:
         return f"{value / scale:.4g} {unit}".rstrip()
 
     def allowing(self, amount: int, dense: int) -> Limit:
-        """This limit, set to what just allows an amount: rounded up, so that it fits."""
+        """This limit, set to what just allows an amount: rounded up, so that it fits; of nothing,
+        the least that can be asked for.
+        """
+        amount = max(1, amount)
         if not self.absolute:
             return dataclasses.replace(self, amount=math.ceil(amount / dense * 1e4) / 100 / 100)
         digit = 10 ** max(0, len(str(amount)) - 4)

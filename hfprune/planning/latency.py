@@ -45,6 +45,12 @@ class Curve:
     shares: tuple[float, ...]
     seconds: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        for values in (self.shares, self.seconds):
+            rising = np.array(values, dtype=float)
+            if len(rising) != len(self.shares) or not (np.diff(rising, prepend=0.0) >= 0).all():
+                raise ValueError(f"a curve does not ascend from 0: {values}")
+
     def at(self, share: float) -> float:
         """Seconds at any share of the group's MACs, on the lines between what was measured."""
         return float(np.interp(share, self.shares, self.seconds))
@@ -96,7 +102,10 @@ class LatencyTable:
         Raises:
             HfpruneError: the table does not tell the time that is asked for.
         """
-        if self.fingerprint != Anatomy.of(model).fingerprint:
+        anatomy = Anatomy.of(model)
+        names = {f"{stack.name}.{n}" for stack in anatomy.stacks for n in range(stack.units)}
+        complete = names <= self.layers.keys() and {g.name for g in anatomy} <= self.groups.keys()
+        if self.fingerprint != anatomy.fingerprint or not complete:
             raise HfpruneError(
                 "This latency table was measured on a model of another structure; measure this"
                 " model with hfprune.measure_latency."
@@ -134,7 +143,7 @@ class LatencyTable:
                 name: Curve(tuple(curve["shares"]), tuple(curve["seconds"]))
                 for name, curve in values.pop("groups").items()
             }
-            return LatencyTable(**values, groups=groups)
+            return LatencyTable(**values | {"machine": dict(values["machine"])}, groups=groups)
         except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             raise HfpruneError(
                 f"{path} is not a latency table that can be read: {error}"
@@ -163,8 +172,12 @@ def measure_latency(
 
     Raises:
         UnsupportedModelError: the family has no row, or reads neither text nor images.
-        HfpruneError: `tokens` are more than the model's positions.
+        HfpruneError: `tokens` are more than the model's positions, or a number is less than 1.
     """
+    counts = {"batch_size": batch_size, "tokens": tokens, "threads": threads, "repeats": repeats}
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise HfpruneError(f"{name} must be 1 or more, not {count}.")
     anatomy = Anatomy.of(model)
     inputs = _inputs(model, batch_size, tokens)
     kinds: dict[tuple[Any, ...], list[str]] = {}

@@ -27,6 +27,7 @@ from hfprune.structure.cost import (
     tokens_of,
     written_tokens,
 )
+from hfprune.structure.surgery import check_selection
 
 VERSION = 1
 
@@ -103,6 +104,24 @@ class PruningPlan:
             for stack in self.anatomy.stacks
             if stack.name in self.keep
         }
+
+    def meets(self, budget: Budget, tolerance: float) -> bool:
+        """Whether a plan that spends what this one spends meets a budget of the same resources."""
+        allowed = [
+            (limit.of(own.dense), own.kept)
+            for limit, own in zip(budget.limits, self.spending, strict=True)
+        ]
+        return all(kept <= limit for limit, kept in allowed) and any(
+            kept >= limit * (1 - tolerance) for limit, kept in allowed
+        )
+
+    def is_within(self, larger: PruningPlan) -> bool:
+        """Whether all that this plan keeps is kept by another for the same model."""
+        return all(
+            set(self.keep.get(part.name, range(part.units)))
+            <= set(larger.keep.get(part.name, range(part.units)))
+            for part in (*self.anatomy, *self.anatomy.blocks)
+        )
 
     def drops(self, group: Group) -> bool:
         """Whether a group goes with its layer."""
@@ -260,7 +279,7 @@ class PruningPlan:
         """The inverse of `to_dict`.
 
         Raises:
-            HfpruneError: written by a newer version.
+            HfpruneError: written by a newer version, or it keeps what its anatomy does not have.
         """
         if values["version"] > VERSION:
             raise HfpruneError(
@@ -268,9 +287,13 @@ class PruningPlan:
                 f" {VERSION}. Upgrade it."
             )
         anatomy = Anatomy.from_dict(values["anatomy"])
+        keep = {name: tuple(units) for name, units in values["keep"].items()}
+        check_selection(anatomy, keep)
+        if missing := [group.name for group in anatomy if group.name not in keep]:
+            raise HfpruneError(f"The plan does not say what stays of {missing[0]}.")
         return PruningPlan(
             anatomy=anatomy,
-            keep={name: tuple(units) for name, units in values["keep"].items()},
+            keep=keep,
             budget=Budget.parse(values["budget"]),
             criterion=values["criterion"],
             tokens=tokens_of(anatomy, values["tokens"]),
@@ -294,7 +317,7 @@ class PruningPlan:
         """
         try:
             return PruningPlan.from_dict(json.loads(Path(path).read_text()))
-        except (KeyError, TypeError, ValueError, OSError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             raise HfpruneError(f"{path} is not a pruning plan that can be read: {error}") from error
 
     def __str__(self) -> str:

@@ -7,7 +7,9 @@ multiple-choice knapsack problem; see `hfprune.planning.knapsack`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -66,7 +68,8 @@ def plan(
 
     Raises:
         BudgetError: no structure meets the budget; the message names the nearest that one can.
-        HfpruneError: the scores belong to another model, the criterion was not scored, or the
+        HfpruneError: the scores are of a model of another structure (another model of the same
+            is not noticed), the criterion was not scored, `tokens` are less than 1, or the
             constraints or the latency table do not fit the model.
     """
     return plan_family(model, scores, [budget], criterion, constraints, tokens, latency)[0]
@@ -75,7 +78,7 @@ def plan(
 def plan_family(
     model: PreTrainedModel,
     scores: Scores,
-    budgets: Sequence[str | Budget | Sequence[str]],
+    budgets: str | Sequence[str | Budget | Sequence[str]],
     criterion: str = "reconstruction",
     constraints: Constraints | None = None,
     tokens: int | Sequence[int] | None = None,
@@ -85,13 +88,13 @@ def plan_family(
 
     So the models of a family can be made one from the other, and a user who moves from one to the
     next loses units only. The largest is planned as `plan` would; each smaller one chooses among
-    the units of the one before, which may cost it a little importance.
+    the units of the one before, which may cost it a little importance: its `gap` says how much.
 
     Args:
         model: the model that was scored.
         scores: from `hfprune.score`.
         budgets: in any order, such as ["macs=80%", "macs=60%", "macs=40%"]; all limit the same
-            resources, and of any two one is the smaller by every limit.
+            resources, and of any two one is the smaller by every limit. A single text is one.
         criterion: by which importance.
         constraints: of all plans.
         tokens: as for `plan`.
@@ -118,25 +121,62 @@ def plan_family(
             f"These scores hold nothing for {missing[0]}: they were measured by an hfprune that did"
             " not know such units. Score this model again."
         )
-    asked = [Budget.parse(budget) for budget in budgets]
+    each = [budgets] if isinstance(budgets, str) else budgets
+    asked = [Budget.parse(budget) for budget in each]
     falling = _falling(asked)
-    lengths = tokens_of(anatomy, tokens or scores.tokens)
+    _check_tokens(tokens)
+    lengths = tokens_of(anatomy, scores.tokens if tokens is None else tokens)
     meters = [meter(limit, model, anatomy, lengths, latency) for limit in asked[falling[0]].limits]
+    solved = functools.partial(
+        solve,
+        anatomy,
+        importance,
+        meters=meters,
+        criterion=criterion,
+        constraints=constraints,
+        tokens=lengths,
+    )
     made: dict[int, PruningPlan] = {}
-    within: Selection | None = None
+    larger: PruningPlan | None = None
     for number in falling:
-        made[number] = solve(
-            anatomy,
-            importance,
-            asked[number],
-            meters,
-            criterion=criterion,
-            constraints=constraints,
-            tokens=lengths,
-            within=within,
-        )
-        within = made[number].keep
+        larger = _nested(solved, asked[number], importance, larger, constraints.tolerance)
+        made[number] = larger
     return [made[number] for number in range(len(asked))]
+
+
+def _check_tokens(tokens: int | Sequence[int] | None) -> None:
+    each = tokens if isinstance(tokens, Sequence) else [1 if tokens is None else tokens]
+    if not all(count >= 1 for count in each):
+        raise HfpruneError(f"tokens must be 1 or more, not {tokens}.")
+
+
+def _nested(
+    solved: Callable[..., PruningPlan],
+    budget: Budget,
+    importance: Mapping[str, torch.Tensor],
+    larger: PruningPlan | None,
+    tolerance: float,
+) -> PruningPlan:
+    """The best plan for a budget that keeps nothing but what a larger plan keeps."""
+    if larger and larger.meets(budget, tolerance):
+        return dataclasses.replace(larger, budget=budget)
+    alone = solved(budget)
+    if larger is None or alone.is_within(larger):
+        return alone
+    try:
+        nested = solved(budget, within=larger.keep)
+    except BudgetError as error:
+        raise BudgetError(
+            f"Among what {larger.budget} keeps, because a family is nested: {error} By itself"
+            f" {budget} can be met."
+        ) from error
+    total, cost = 0.0, 0.0
+    for group in nested.anatomy:
+        values = importance[group.name].double()
+        total += float(values.sum())
+        cost += float(values[list(alone.keep[group.name])].sum())
+        cost -= float(values[list(nested.keep[group.name])].sum())
+    return dataclasses.replace(nested, gap=alone.gap + max(0.0, cost) / (total or 1.0))
 
 
 def _falling(budgets: Sequence[Budget]) -> list[int]:
@@ -198,7 +238,7 @@ def solve(
         choice = _choose(offers, together, account, constraints.tolerance, _TIE * total)
         keep = _left(anatomy, blocks, offers, choice)
         spent = account.spent(keep)
-    account.check_met(spent, constraints.tolerance)
+    account.check_met(spent, constraints)
     prices = np.array(choice.prices)
     lost, margins = dict.fromkeys(anatomy.everything, 1.0), {}
     for own, option in zip(offers, choice.picks, strict=True):
@@ -280,10 +320,15 @@ class _Account:
     ) -> _Account:
         dense = np.array([meter.of_all({}) for meter in meters])
         limits = [n.of(int(all_)) for n, all_ in zip(budget.limits, dense, strict=True)]
-        empty = {**keep, **{own.group.name: () for own in offers}}
+        # What has no choice stays as it is: a stack that loses no heads shares its tables (t5).
+        least = {own.group.name: own.units(0) if len(own.kv) == 1 else () for own in offers}
         fixed = [
-            meter.of_all(empty) - sum(meter.of_group(own.group, 0, 0) for own in offers)
-            for meter in meters
+            meter.of_all({**keep, **least})
+            - sum(
+                int(own.cost[0, n]) if len(own.kv) == 1 else meter.of_group(own.group, 0, 0)
+                for own in offers
+            )
+            for n, meter in enumerate(meters)
         ]
         return _Account(budget, meters, dense, np.array(limits), np.array(fixed))
 
@@ -330,22 +375,29 @@ class _Account:
         """What must be spent of one limit at least, so that the budget counts as met."""
         return np.ceil(self.limits * (1 - tolerance)).astype(np.int64)
 
-    def check_met(self, spent: Ints, tolerance: float) -> None:
+    def check_met(self, spent: Ints, constraints: Constraints) -> None:
         """Refuse to stay far below every limit.
 
         Raises:
             BudgetError: names the nearest below.
         """
-        if (spent >= self.least_spent(tolerance)).any():
+        if (spent >= self.least_spent(constraints.tolerance)).any():
             return
         if (spent >= self.dense).all():
             raise BudgetError(
                 f"Nothing needs to go for {self.budget}: the dense model keeps"
                 f" {self._asked_for(spent)}. Ask for less."
             )
+        coarse = {
+            "round_to": constraints.round_to > 1,
+            "layers": constraints.layers is not None,
+            "experts": constraints.experts is not None,
+            "uniform": constraints.uniform,
+        }
+        relaxed = ", ".join(name for name, given in coarse.items() if given) or "tolerance"
         raise BudgetError(
-            f"{self.budget} cannot be met within {tolerance:.0%}: the nearest below is"
-            f" {self._asked_for(spent)}. Ask for that, or for a finer round_to."
+            f"{self.budget} cannot be met within {constraints.tolerance:.0%}: the nearest below is"
+            f" {self._asked_for(spent)}. Ask for that, or relax {relaxed}."
         )
 
     def _asked_for(self, amounts: Ints, which: Sequence[bool] | None = None) -> str:

@@ -25,14 +25,14 @@ Tokens = int | tuple[int, ...]
 """Tokens of an example: one number for all stacks of layers, or one for each."""
 
 
-def tokens_of(anatomy: Anatomy, given: int | Sequence[float]) -> Tokens:
+def tokens_of(anatomy: Anatomy, given: float | Sequence[float]) -> Tokens:
     """Whole numbers of tokens; a single one where all stacks read equally many.
 
     Raises:
         HfpruneError: several numbers, and not one for each stack.
     """
-    if isinstance(given, int):
-        return given
+    if not isinstance(given, Sequence):
+        return round(given)
     if len(given) != len(anatomy.stacks):
         names = ", ".join(stack.name for stack in anatomy.stacks)
         raise HfpruneError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,7 +109,7 @@ def check_selection(anatomy: Anatomy, selection: Selection) -> None:
                 f"The selection names {name!r}; this model has no such group of units."
             )
         group = anatomy[name]
-        if len(set(units)) != len(units) or not all(0 <= unit < group.units for unit in units):
+        if not _are_numbers(units, group.units):
             raise HfpruneError(
                 f"{name}: the kept units must be distinct and lie in 0...{group.units - 1}."
             )
@@ -129,8 +130,14 @@ def _without_dropped(anatomy: Anatomy, selection: Selection) -> Selection:
     return {name: units for name, units in selection.items() if name not in gone}
 
 
+def _are_numbers(units: Sequence[int], below: int) -> bool:
+    """Whether units are distinct whole numbers from 0 on."""
+    whole = all(isinstance(unit, Integral) and 0 <= unit < below for unit in units)
+    return whole and len(set(units)) == len(units)
+
+
 def _check_block(block: Block, units: Sequence[int]) -> None:
-    if len(set(units)) != len(units) or not all(0 <= unit < block.units for unit in units):
+    if not _are_numbers(units, block.units):
         raise HfpruneError(
             f"{block.name}: the kept {block.kind}s must be distinct and lie in "
             f"0...{block.units - 1}."

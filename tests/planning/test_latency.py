@@ -3,6 +3,7 @@ no machine's noise disturbs.
 """
 
 import dataclasses
+import json
 import time
 import warnings
 
@@ -210,3 +211,38 @@ def test_what_the_table_says_is_about_what_a_pruned_model_takes():
     said = dataclasses.asdict(made.spending[1])
     for name, seconds in runs.items():
         assert 1 / 3 < said[name] / 1e9 / np.median(seconds) < 3, name
+
+
+@pytest.mark.parametrize(
+    "given", [{"repeats": 0}, {"batch_size": 0}, {"tokens": 0}, {"threads": -1}]
+)
+def test_numbers_below_one(given):
+    ((name, number),) = given.items()
+    with pytest.raises(HfpruneError, match=f"{name} must be 1 or more, not {number}"):
+        measure_latency(tiny.model("bert"), **{"tokens": 8} | given)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda v: v.update(machine=[1]),
+        lambda v: next(iter(v["groups"].values())).update(seconds=[0.0]),
+        lambda v: next(iter(v["groups"].values()))["seconds"].reverse(),
+        lambda v: v["groups"].update(another={"shares": [0, 1], "seconds": [0, float("nan")]}),
+    ],
+)
+def test_a_table_that_somebody_changed_is_refused(spoil, tmp_path):
+    table(tiny.model("bert")).save(tmp_path / "table.json")
+    values = json.loads((tmp_path / "table.json").read_text())
+    spoil(values)
+    (tmp_path / "table.json").write_text(json.dumps(values))
+    with pytest.raises(HfpruneError, match="not a latency table"):
+        LatencyTable.load(tmp_path / "table.json")
+
+
+def test_a_table_without_all_groups_is_of_another_model():
+    model = tiny.model("bert")
+    whole = table(model)
+    partial = dataclasses.replace(whole, groups={})
+    with pytest.raises(HfpruneError, match="another structure"):
+        plan(model, scored(model), "latency=60%", latency=partial)

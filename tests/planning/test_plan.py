@@ -125,3 +125,26 @@ def test_it_refuses_a_model_it_was_not_made_for():
         plan.check_fits(Anatomy.of(pruned))
     with pytest.raises(HfpruneError, match="the model is a bert"):
         plan.diff(make("bert"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda v, name: v["keep"].update({name: [0, 0]}), "distinct"),
+        (lambda v, name: v["keep"].update({name: [-1]}), "lie in 0"),
+        (lambda v, name: v["keep"].update({name: [999]}), "lie in 0"),
+        (lambda v, name: v["keep"].update({name: [1.5]}), "distinct"),
+        (lambda v, name: v["keep"].update({"layers": []}), "must stay"),
+        (lambda v, name: v["keep"].update({"nothing": [0]}), "no such group"),
+        (lambda v, name: v["keep"].pop(name), "does not say what stays"),
+        (lambda v, name: v.update(keep=[]), "can be read"),
+        (lambda v, name: v.update(margins=[1]), "can be read"),
+    ],
+)
+def test_a_file_that_somebody_changed_is_refused(spoil, says, tmp_path):
+    plan = make()
+    values = plan.to_dict()
+    spoil(values, next(iter(plan.anatomy)).name)
+    (tmp_path / "plan.json").write_text(json.dumps(values))
+    with pytest.raises(HfpruneError, match=says):
+        PruningPlan.load(tmp_path / "plan.json")

@@ -860,3 +860,47 @@ def test_coarse_units_use_their_room_if_importance_alone_would_not():
     made = plan(model, scores, "params=60%")
     assert 0.59 < made.params_share <= 0.6
     assert len(made.keep[first]) == len(importance[first])
+
+
+@pytest.mark.parametrize("resource", ["params", "memory"])
+def test_a_protected_stack_shares_its_position_biases(resource):
+    """What a stack that loses heads pays for tables of its own is not asked of one that cannot."""
+    model = tiny.model("t5")
+    encoder = Constraints(protect=("encoder",))
+    with pytest.raises(BudgetError, match="the least is") as caught:
+        plan(model, scored(model), f"{resource}=10%", constraints=encoder)
+    least = re.search(rf"the least is ({resource}=[^. ]+(?:[.]\d+%)?(?:@1x9)?)", str(caught.value))
+    made = plan(model, scored(model), least.group(1), constraints=encoder)
+    (spent,) = made.spending
+    amount = made.budget.limits[0].amount
+    assert amount - 2e-4 < spent.kept / spent.dense <= amount
+
+
+def test_nothing_is_less_than_can_be_asked_for():
+    model = tiny.model("bert")
+    empty = Constraints(min_heads=0, min_neurons=0)
+    with pytest.raises(BudgetError, match=r"cannot be met .* the nearest below is macs=0\.01%"):
+        plan(model, scored(model), "macs=0.1%", constraints=empty)
+
+
+@pytest.mark.parametrize(
+    ("options", "relax"),
+    [({}, "tolerance"), ({"layers": 1}, "layers"), ({"round_to": 24}, "round_to")],
+)
+def test_what_keeps_a_budget_from_being_met_is_named(options, relax):
+    model = tiny.model("bert")
+    constraints = Constraints(tolerance=1e-6, **options)
+    with pytest.raises(BudgetError, match=f"Ask for that, or relax {relax}"):
+        plan(model, scored(model), "params=66.61%", constraints=constraints)
+
+
+@pytest.mark.parametrize("tokens", [0, -5, (9, 0)])
+def test_tokens_of_no_example(tokens):
+    model = tiny.model("t5" if isinstance(tokens, tuple) else "bert")
+    with pytest.raises(HfpruneError, match="tokens must be 1 or more"):
+        plan(model, scored(model), "macs=60%", tokens=tokens)
+
+
+def test_tokens_may_be_a_float_of_a_whole_number():
+    model = tiny.model("bert")
+    assert plan(model, scored(model), "macs=60%", tokens=9.0).tokens == 9
