@@ -104,7 +104,7 @@ def _judge_of(model: PreTrainedModel) -> Judge:
 
 
 def remove(
-    model: PreTrainedModel, plan: PruningPlan, compensate: Sequence[Batch] | Scores | None = None
+    model: PreTrainedModel, plan: PruningPlan, compensate: Iterable[Batch] | Scores | None = None
 ) -> PreTrainedModel:
     """A smaller model without the units that the plan drops; the given model stays as it is.
 

@@ -25,12 +25,17 @@ def examples_in(batch: Batch) -> int:
 
 
 def placed(batch: Batch, index: int, device: torch.device) -> Batch:
-    """A calibration batch on a device.
+    """A calibration batch, checked (see `check_batch`), on a device."""
+    check_batch(batch, index)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def check_batch(batch: Batch, index: int) -> None:
+    """Refuse what is no calibration batch.
 
     Args:
         batch: {name: tensor}, with at least one example.
         index: number of the batch, for the message.
-        device: where it is read.
 
     Raises:
         DataError: names the batch, and what in it is no tensor; or it has no examples.
@@ -48,7 +53,6 @@ def placed(batch: Batch, index: int, device: torch.device) -> Batch:
             )
     if not batch or not examples_in(batch):
         raise DataError(f"Calibration batch {index} has no examples; leave it out.")
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def by_example(model: PreTrainedModel, batch: Batch, values: torch.Tensor) -> torch.Tensor:
@@ -61,6 +65,11 @@ def by_example(model: PreTrainedModel, batch: Batch, values: torch.Tensor) -> to
     examples = examples_in(batch)
     if values.dim() == 3 and len(values) == examples:
         return values
+    if values.dim() == 3 and values.shape[1] == examples:
+        raise DataError(
+            "A layer of this model takes tokens before examples (mlcd_vision_model): give batches"
+            " of one example."
+        )
     positions = values.shape[:-1].numel()
     text = batch.get("input_ids")
     if (text is None or positions != text.numel()) and not _images_alike(model, batch):

@@ -22,7 +22,7 @@ refitted by itself to its own dense output, which is what `reconstruction` ranks
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hfprune.errors import DataError, HfpruneError
-from hfprune.importance.batches import Batch, examples_in
+from hfprune.importance.batches import Batch, check_batch, examples_in
 from hfprune.importance.gates import evaluating, outlet_of
 from hfprune.importance.scores import Scores
 from hfprune.recovery.inlets import inlets_of
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 def compensate(
     dense: PreTrainedModel,
     pruned: PreTrainedModel,
-    calibration: Sequence[Batch] | Scores,
+    calibration: Iterable[Batch] | Scores,
     kept: Selection | None = None,
 ) -> PreTrainedModel:
     """Refit the outlets and inlets of a pruned model, in place, to the dense model's residual
@@ -77,22 +77,25 @@ def compensate(
         The pruned model.
 
     Raises:
-        DataError: there are no batches, or an outlet's inputs or target are not finite in one (it
-            names both).
-        HfpruneError: layers went, or units are refitted by scores, and `kept` does not say which;
-            scores of another model, or without moments.
+        DataError: there are no batches, one is none (it names it) or all are padding, or an
+            outlet's inputs or target are not finite in one (it names both).
+        HfpruneError: the pruned model is not of the dense one; layers went, or units are refitted
+            by scores, and `kept` does not say which, or says what cannot be; scores of a model of
+            another structure, or without moments.
     """
     origin = Origin.of(dense, pruned, kept or {})
     if isinstance(calibration, Scores):
         _by_moments(origin, calibration)
     else:
-        _on_batches(origin, calibration)
+        _on_batches(origin, list(calibration))
     return pruned
 
 
 def _on_batches(origin: Origin, batches: Sequence[Batch]) -> None:
     """Refit all that is linear, sweeping through the layers."""
-    if not len(batches):
+    for index, batch in enumerate(batches):
+        check_batch(batch, index)
+    if not batches:
         raise DataError("There are no calibration batches to compensate on; give at least one.")
     if sum(map(examples_in, batches)) < HELD_OUT:
         logger.warning(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hfprune.errors import DataError
 from hfprune.importance.gates import outlet_of
 from hfprune.recovery.layer_calls import LayerCall, Reached
 from hfprune.structure.anatomy import Group, layer_of
@@ -39,6 +40,7 @@ def junction_of(model: PreTrainedModel, group: Group, call: LayerCall, index: in
     seen: list[torch.Tensor] = [call.hidden]
     after: list[tuple[str, torch.Tensor]] = []
     joining: dict[str | None, torch.Tensor] = {}
+    given: list[torch.Tensor] = []
 
     def look(module: nn.Module, args: tuple[object, ...]) -> None:
         if args and isinstance(args[0], torch.Tensor) and args[0].shape == call.hidden.shape:
@@ -50,8 +52,9 @@ def junction_of(model: PreTrainedModel, group: Group, call: LayerCall, index: in
     def leave(module: nn.Module, args: tuple[object, ...], output: object) -> None:
         if module is outlet:
             assert isinstance(output, torch.Tensor)
-            joining[None] = output
-        elif joining and args and args[0] is joining[None] and isinstance(output, torch.Tensor):
+            joining[None] = _as_stream(output, call, group)
+            given.append(output)
+        elif given and args and args[0] is given[0] and isinstance(output, torch.Tensor):
             joining[paths[module]] = output
 
     modules = [m for m in paths if m is not layer]
@@ -72,6 +75,19 @@ def junction_of(model: PreTrainedModel, group: Group, call: LayerCall, index: in
                 if _scales(layer.get_submodule(between), joining[None]):
                     return Junction(path, between)
     return Junction(None)
+
+
+def _as_stream(output: torch.Tensor, call: LayerCall, group: Group) -> torch.Tensor:
+    """An outlet's output in the shape of the stream: some give all tokens in one dimension.
+
+    Raises:
+        DataError: it has tokens before examples.
+    """
+    if output.dim() == 3 and output.shape != call.hidden.shape and len(call.hidden) > 1:
+        raise DataError(
+            f"{group.outlet} takes tokens before examples: give batches of one example."
+        )
+    return output.view(call.hidden.shape)
 
 
 def _scales(module: nn.Module, states: torch.Tensor) -> bool:
@@ -111,6 +127,8 @@ def watch(
 
     def at_outlet(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         rows = call.real_rows(output)
+        if call.mask is None:
+            rows = rows.clone()  # falcon adds to its output in place
         found.append(Seen(call.real_rows(args[0]), rows, rows, rows))
         if stop and junction.sum is None:
             raise Reached
@@ -119,6 +137,9 @@ def watch(
         found[0].joined = call.real_rows(output)
 
     def at_sum(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        # A module may be called before the outlet, and again after the sum (xmod's norm).
+        if not found or found[0].sum is not found[0].output:
+            return
         found[0].sum = call.real_rows(args[0])
         if stop:
             raise Reached

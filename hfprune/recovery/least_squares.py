@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-
-logger = logging.getLogger(__name__)
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates for the ridge, relative to the mean squared input; held-out examples choose among
@@ -69,17 +66,6 @@ class NormalEquations:
         """Whether all inputs and targets were: on the diagonal are the inputs' squares."""
         return math.isfinite(self.targets) and bool(self.inputs.diagonal().isfinite().all())
 
-    def warn_if_few(self, outlet: str) -> None:
-        """Warn where there are fewer positions than inputs."""
-        columns = len(self.inputs) - 1
-        if self.count <= columns:
-            logger.warning(
-                "%s has %d columns and only %d calibration tokens: give more examples.",
-                outlet,
-                columns,
-                self.count,
-            )
-
     def error(self, weights: torch.Tensor) -> float:
         """Mean squared error over positions of weights (columns + 1, outputs)."""
         fitted = (weights * (self.inputs @ weights)).sum() - 2 * (weights * self.cross).sum()
@@ -115,7 +101,7 @@ def best_fit(
 def ridge(
     equations: NormalEquations, current: torch.Tensor, size: float, bias: bool
 ) -> torch.Tensor:
-    """Ridge regression towards the current weights."""
+    """Ridge regression towards the current weights; these, where inputs are too much alike."""
     columns = len(equations.inputs) - 1
     used = columns + 1 if bias else columns
     pull = size * _scale(equations.inputs.diagonal()[:columns])
@@ -127,15 +113,15 @@ def ridge(
         slight = 1e-9 * gram[-1, -1].clamp(min=1.0)
         gram[-1, -1] += slight
         cross[-1] += slight * current[-1]
-    solution = torch.cholesky_solve(cross, torch.linalg.cholesky(gram))
-    return solution if bias else torch.cat([solution, current[used:]])
+    solution = _solved(gram, cross)
+    return current if solution is None else torch.cat([solution, current[used:]])
 
 
 def scaled(equations: NormalEquations, current: torch.Tensor, units: int) -> torch.Tensor:
     """The current weights, the columns of every unit times one number, by least squares.
 
     Kwon et al. 2022, arXiv:2204.09656, section 3.4: fewer numbers than a regression has, for when
-    there is little to fit them to.
+    there is little to fit them to. The current weights, where inputs are too much alike.
     """
     columns = len(current) - 1
     rows = current[:columns]
@@ -147,8 +133,16 @@ def scaled(equations: NormalEquations, current: torch.Tensor, units: int) -> tor
     cross = (rows * wanted).sum(dim=1).unflatten(0, by_unit).sum(dim=1)
     pull = RIDGES[0] * _scale(gram.diagonal())
     gram.diagonal().add_(pull)
-    scales = torch.cholesky_solve((cross + pull)[:, None], torch.linalg.cholesky(gram))
+    scales = _solved(gram, (cross + pull)[:, None])
+    if scales is None:
+        return current
     return torch.cat([rows * scales.repeat_interleave(by_unit[1], dim=0), current[columns:]])
+
+
+def _solved(gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor | None:
+    """gram^-1 cross; None where gram is singular up to the rounding of its float32 products."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    return None if failed else torch.cholesky_solve(cross, factor)
 
 
 def _unchanged(equations: NormalEquations, current: torch.Tensor) -> torch.Tensor:

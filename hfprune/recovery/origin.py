@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from hfprune.errors import HfpruneError
 from hfprune.structure.anatomy import Anatomy, Block, Group
 from hfprune.structure.cost import Selection
+from hfprune.structure.surgery import check_selection
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,41 @@ class Origin:
         """Look both models over.
 
         Raises:
-            HfpruneError: layers went, and `kept` does not say which.
+            HfpruneError: the pruned model is not of the dense one, layers went and `kept` does not
+                say which, or it says what cannot be.
         """
+        if dense is pruned:
+            raise HfpruneError("The dense and the pruned model are one and the same.")
         before, after = Anatomy.of(dense), Anatomy.of(pruned)
+        if before.model_type != after.model_type:
+            raise HfpruneError(
+                f"The pruned model is a {after.model_type}, the dense one a {before.model_type}:"
+                " give the model that it was pruned from."
+            )
+        check_selection(before, kept)
         layers = [_layers(before.stacks[stack.stack], stack, kept) for stack in after.stacks]
-        return Origin(dense, pruned, kept, before, after, layers)
+        origin = Origin(dense, pruned, kept, before, after, layers)
+        for group in after:
+            origin.check_twin(group)
+        return origin
+
+    def check_twin(self, group: Group) -> None:
+        """Refuse a group that cannot be left of the dense one in its place.
+
+        Raises:
+            HfpruneError: it has more units, or they are of other sizes.
+        """
+        twin = self.twin(group)
+        if group.units > twin.units:
+            raise HfpruneError(
+                f"{group.name} has {group.units} {group.kind}s in the pruned model and {twin.units}"
+                " in the dense one: were they swapped?"
+            )
+        if group.units and (group.columns, group.unit_weights) != (twin.columns, twin.unit_weights):
+            raise HfpruneError(
+                f"The {group.kind}s of {group.name} are not of the size of the dense model's: give"
+                " the model that it was pruned from."
+            )
 
     @cached_property
     def _dense_groups(self) -> dict[tuple[int, int, str, int], Group]:

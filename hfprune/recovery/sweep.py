@@ -4,6 +4,7 @@ refitted layers before it really give.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from hfprune.recovery.token_weights import Weights
 from hfprune.structure.anatomy import Group
 from hfprune.structure.architectures import row_of
 from hfprune.structure.slices import layer_of
+
+logger = logging.getLogger(__name__)
 
 _SPARED = 0.01
 """How little a scaling between an outlet and the stream may give a feature, in mean squares of all
@@ -77,6 +80,8 @@ def sweep(origin: Origin, batches: Sequence[Batch], weights: Sequence[Weights], 
             continue
         ours = layer_calls(origin.pruned, stack.layers, batches)
         theirs = layer_calls(origin.dense, stack.layers, batches)
+        if not any(len(call.held) for call in ours):
+            raise DataError("The calibration batches are all padding.")
         layers = origin.layers[index]
         for before_first in range(layers[0][0]):
             advance(origin.dense, stack.layers, theirs, before_first)
@@ -171,6 +176,7 @@ class _Place:
         the outlet is nearer to the dense one with them. It may not be: attention that is fitted to
         noisy states is blurred.
         """
+        self._warn_if_few()
         rows, error = self._best_outlet()
         if inlets:
             restore = put_back(inlets_of(self.origin.pruned, self.group).values())
@@ -181,6 +187,18 @@ class _Place:
             else:
                 restore()
         write_rows(outlet_of(self.origin.pruned, self.group), rows)
+
+    def _warn_if_few(self) -> None:
+        """Warn where there are fewer positions than columns."""
+        columns = self.group.units * self.group.columns
+        positions = sum(map(len, self.counts))
+        if positions <= columns:
+            logger.warning(
+                "%s has %d columns and only %d calibration tokens: give more examples.",
+                self.group.outlet,
+                columns,
+                positions,
+            )
 
     def _best_outlet(self) -> tuple[torch.Tensor, float]:
         """The best fit to what the outlet reads now, (columns + 1, outputs), and how far such a fit
@@ -206,6 +224,5 @@ class _Place:
         chosen = best_fit(fit, held, current, group.units, has_bias(outlet))
         error = held.error(chosen(fit))
         fit.absorb(held)
-        fit.warn_if_few(group.outlet)
         solution = chosen(fit)
         return (solution if fit.error(solution) < fit.error(current) else current), error

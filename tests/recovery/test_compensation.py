@@ -5,6 +5,7 @@ import copy
 import pytest
 import tiny
 import torch
+from transformers import AutoModel
 
 from hfprune.errors import DataError, HfpruneError
 from hfprune.importance.gates import outlet_of
@@ -320,7 +321,7 @@ def test_the_junction_is_where_the_outlet_joins_the_stream(family, junctions, dt
     model = tiny.model(family, dtype=dtype)
     with torch.no_grad():
         stack = row_of(family).stacks[0]
-        (call,) = layer_calls(model, stack.layers, batches(model, count=1), decoder=False)
+        (call,) = layer_calls(model, stack.layers, batches(model, count=1))
         groups = [g for g in Anatomy.of(model) if g.stack == 0 and g.layer == 0]
         found = [junction_of(model, group, call, 0) for group in groups]
         assert found == [Junction(*junction) for junction in junctions]
@@ -511,3 +512,98 @@ def test_too_few_examples_to_hold_any_out(examples, warned, caplog):
     data = [{name: t[:1] for name, t in batch.items()} for batch in batches(dense, count=examples)]
     compensate(dense, pruned, data)
     assert ("Fits are judged on every 5th example" in caplog.text) == warned
+
+
+def custom(family, **settings):
+    """A random model of a family, with some settings of its own."""
+    torch.manual_seed(0)
+    config = tiny.config(family)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return AutoModel.from_config(config, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("family", ["opt", "qwen2_moe", "ernie4_5_moe", "falcon", "xmod"])
+def test_outlets_of_other_shapes_and_sums_that_are_called_twice(family):
+    """All tokens in one dimension, an output that is added to in place, a norm called twice."""
+    dense = tiny.model(family)
+    data, fresh = batches(dense), batches(dense, seed=7)
+    pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
+    refitted = compensate(dense, copy.deepcopy(pruned), data)
+    assert error(refitted, dense, fresh) < error(pruned, dense, fresh)
+    unmasked = [{"input_ids": batch["input_ids"]} for batch in data]
+    ones = [b | {"attention_mask": torch.ones_like(b["input_ids"])} for b in unmasked]
+    models = [compensate(dense, copy.deepcopy(pruned), given) for given in (unmasked, ones)]
+    assert_close_models(*models, rtol=1e-3, atol=1e-4)
+
+
+def test_a_norm_that_is_called_before_the_outlet_and_after_it():
+    dense = custom("xmod", pre_norm=True)
+    data = batches(dense)
+    pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
+    refitted = compensate(dense, copy.deepcopy(pruned), data)
+    assert error(refitted, dense, data) < 0.9 * error(pruned, dense, data)
+
+
+def test_tokens_before_examples_are_refused():
+    dense = tiny.model("mlcd_vision_model")
+    pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
+    pair = tiny.batch(dense)
+    with pytest.raises(DataError, match="batches of one example"):
+        compensate(dense, pruned, [pair])
+    compensate(dense, pruned, [{n: t[i : i + 1] for n, t in pair.items()} for i in range(2)])
+
+
+def test_inputs_that_hardly_vary_leave_what_they_cannot_tell():
+    """Eight equal sentences of eight tokens, and a thousand columns: singular in float32."""
+    dense = custom("bert", intermediate_size=1024)
+    ids = torch.arange(3, 11).expand(8, 8)
+    data = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}] * 2
+    pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
+    refitted = compensate(dense, copy.deepcopy(pruned), data)
+    assert error(refitted, dense, data) < error(pruned, dense, data)
+
+
+@pytest.mark.parametrize(
+    ("pair", "kept", "says"),
+    [
+        (lambda d, p: (p, d), {}, "were they swapped"),
+        (lambda d, p: (d, d), {}, "one and the same"),
+        (lambda d, p: (custom("gpt2"), p), {}, "is a bert, the dense one a gpt2"),
+        (lambda d, p: (custom("bert", hidden_size=64), p), {}, "not of the size"),
+        (lambda d, p: (custom("bert", intermediate_size=6), p), {}, "were they swapped"),
+        (lambda d, p: (d, p), {"nothing": (0,)}, "no such group"),
+        (lambda d, p: (d, p), {"encoder.layer.0.output.dense": (99,)}, "must be distinct"),
+    ],
+)
+def test_what_is_not_the_dense_model_is_named(pair, kept, says):
+    dense = tiny.model("bert")
+    pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
+    before = {n: p.clone() for n, p in pruned.state_dict().items()}
+    with pytest.raises(HfpruneError, match=says):
+        compensate(*pair(dense, pruned), batches(dense), kept)
+    assert all(p.equal(before[n]) for n, p in pruned.state_dict().items())
+
+
+def test_batches_may_come_one_by_one_and_what_is_none_is_named():
+    dense = tiny.model("bert")
+    pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
+    data = batches(dense)
+    one = compensate(dense, copy.deepcopy(pruned), iter(data))
+    assert_close_models(one, compensate(dense, copy.deepcopy(pruned), data), rtol=0, atol=0)
+    padding = {n: torch.zeros_like(t) if n == "attention_mask" else t for n, t in data[0].items()}
+    for given, says in (
+        (data[0], "batch 0 is a str; give a list"),
+        ([data[0], {n: t[:0] for n, t in data[0].items()}], "batch 1 has no examples"),
+        ([padding], "all padding"),
+    ):
+        with pytest.raises(DataError, match=says):
+            compensate(dense, pruned, given)
+
+
+def test_few_tokens_are_told_once(caplog):
+    dense = tiny.model("bert", "AutoModelForSequenceClassification")
+    pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
+    compensate(dense, pruned, [{"input_ids": torch.full((5, 1), 4)}])
+    told = [record.getMessage() for record in caplog.records if "columns" in record.getMessage()]
+    assert told and len(told) == len(set(told))

@@ -116,7 +116,7 @@ def test_those_that_win_nothing_on_held_out_examples_stay_as_they_are(monkeypatc
 def test_keys_of_what_the_encoder_says_are_not_read_as_the_stream(tokens):
     model = tiny.model("t5")
     data = batches(model, 1, tokens)
-    [call] = layer_calls(model, "decoder.block", data, decoder=True)
+    [call] = layer_calls(model, "decoder.block", data)
     group = next(g for g in Anatomy.of(model) if g.stack == 1 and g.part == 1)
     with reading(model, group, call) as found:
         call.run(layer_of(model, group), 0)
@@ -127,7 +127,7 @@ def test_inlets_of_one_input_are_read_together():
     model = tiny.model("bert")
     data = batches(model, count=1)
     with torch.no_grad():
-        [call] = layer_calls(model, "encoder.layer", data, decoder=False)
+        [call] = layer_calls(model, "encoder.layer", data)
         for group in list(Anatomy.of(model))[:2]:
             with reading(model, group, call) as found:
                 call.run(layer_of(model, group), 0)
