@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from competitors.exchange import Job, Widths
-from quality import ROOT, Seed, kept, mean_and_spread
+from quality import ROOT, Seed, kept, mean_and_spread, percent
 
 import hfprune
 from hfprune.files import write_whole
@@ -222,7 +222,7 @@ class Comparison:
             plan = hfprune.plan(self.seed.dense, self.seed.scores, f"macs={budget}", criterion)
             return {"macs": plan.macs_share, "params": plan.params_share}
 
-        return kept(self.folder / f"hfprune-{criterion}-{budget:.0%}.json", shares)
+        return kept(self.folder / f"hfprune-{criterion}-{percent(budget)}.json", shares)
 
 
 def rows_of(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -271,7 +271,7 @@ def table(
 ) -> str:
     """Methods in rows, budgets in columns, a cell of the seeds' results in each; Markdown."""
     budgets = sorted({result.budget for results in rows.values() for result in results})[::-1]
-    lines = [["MACs kept", *(f"{budget:.0%}" for budget in budgets)], ["---"] * (len(budgets) + 1)]
+    lines = [["MACs kept", *(percent(budget) for budget in budgets)], ["---"] * (len(budgets) + 1)]
     for row, results in rows.items():
         lines.append([row, *(cell([r for r in results if r.budget == b]) for b in budgets)])
     return f"{title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)

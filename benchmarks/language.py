@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from compare import environment
-from quality import ROOT, kept
+from quality import ROOT, kept, percent
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -146,11 +146,11 @@ class Gemma:
             hfprune.compensate(self.dense, smaller, self.calibration, plan.keep)
             return {"removed": removed, "compensated": self._judge(smaller)}
 
-        return self._kept(f"{criterion}-{budget:.0%}", measure)
+        return self._kept(f"{criterion}-{percent(budget)}", measure)
 
     def distilled(self, criterion: str, budget: float) -> Perplexity:
         """After compensation and the recipe's distillation."""
-        name = f"{criterion}-{budget:.0%}-distilled"
+        name = f"{criterion}-{percent(budget)}-distilled"
 
         def measure() -> dict[str, Perplexity]:
             plan = self._plan(criterion, budget)
@@ -167,7 +167,7 @@ class Gemma:
         neurons = [group for group in anatomy if group.kind == "neuron"]
         everything = layers_params(anatomy)
         without = layers_params(anatomy, {group.name: () for group in neurons})
-        removed = {f"{b:.0%}": (1 - b) * everything / (everything - without) for b in budgets}
+        removed = {percent(b): (1 - b) * everything / (everything - without) for b in budgets}
         job = {
             "dense": str(Path(self.recipe.output) / "dense"),
             "calibration": torch.cat([b["input_ids"] for b in self.calibration]).tolist(),
@@ -180,7 +180,7 @@ class Gemma:
             subprocess.run(command, cwd=Path(__file__).parent, check=True)
         for method, row in OPTIPFAIR.items():
             for budget in budgets:
-                folder = RUNS / f"{method}-{budget:.0%}"
+                folder = RUNS / f"{method}-{percent(budget)}"
 
                 def measure(folder: Path = folder, budget: float = budget) -> dict[str, Perplexity]:
                     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -206,7 +206,7 @@ def table(kind: str, dense: Perplexity, found: dict[Key, Perplexity]) -> Table:
     """Methods in rows, budgets in columns: perplexity on one kind of text, and over the dense's."""
     budgets = sorted({budget for _, budget in found}, reverse=True)
     title = f"Perplexity on {kind} text (dense {dense[kind]:.1f}), by parameters kept"
-    made = Table("method", *(f"{budget:.0%}" for budget in budgets), title=title)
+    made = Table("method", *(percent(budget) for budget in budgets), title=title)
     for method in dict.fromkeys(method for method, _ in found):
         values = [found.get((method, budget), {}).get(kind) for budget in budgets]
         made.add_row(method, *(f"{v:.1f} ({v / dense[kind]:.3f})" if v else "" for v in values))

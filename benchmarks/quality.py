@@ -120,21 +120,21 @@ class Seed:
                 for stage, calibration in by.items()
             }
 
-        yield from self._kept(f"{criterion}-{budget:.0%}", measure).items()
+        yield from self._kept(f"{criterion}-{percent(budget)}", measure).items()
 
     def distilled(self, criterion: str, budget: float) -> float:
         """After the recipe's distillation, too."""
 
         def measure() -> dict[str, float]:
             prune = dataclasses.replace(
-                self.recipe.prune, budget=f"macs={budget:.0%}", criterion=criterion
+                self.recipe.prune, budget=f"macs={percent(budget)}", criterion=criterion
             )
             recipe = dataclasses.replace(self.recipe, prune=prune)
             run(recipe, until="result")
             folder = Path(recipe.output) / "distilled"
             return {"distilled": self._judge(hfprune.from_pretrained(folder))}
 
-        return self._kept(f"{criterion}-{budget:.0%}-distilled", measure)["distilled"]
+        return self._kept(f"{criterion}-{percent(budget)}-distilled", measure)["distilled"]
 
     def _judge(self, model: PreTrainedModel) -> float:
         return 100 * evaluate_classification(model, self.test).value
@@ -150,7 +150,7 @@ def show(accuracy: dict[Key, list[float]], dense: list[float]) -> None:
         f" {mean_and_spread(dense)} %"
     )
     budgets = sorted({budget for *_, budget in accuracy}, reverse=True)
-    table = Table("MACs kept", *(f"{budget:.0%}" for budget in budgets), title=title)
+    table = Table("MACs kept", *(percent(budget) for budget in budgets), title=title)
     for criterion, stage in dict.fromkeys((criterion, stage) for criterion, stage, _ in accuracy):
         cells = []
         for budget in budgets:
@@ -180,6 +180,11 @@ def kept(file: Path, measure: Callable[[], Measured]) -> Measured:
         print(f"{file.stem}: {measured}", flush=True)
     found: Measured = json.loads(file.read_text())
     return found
+
+
+def percent(share: float) -> str:
+    """A share as people write it, whole or not: 50%, 12.5%."""
+    return f"{share * 100:g}%"
 
 
 def spread(values: list[float]) -> float:

@@ -35,7 +35,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
-from quality import ROOT, Seed, kept, mean_and_spread
+from quality import ROOT, Seed, kept, mean_and_spread, percent
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, TrainerCallback
@@ -99,7 +99,7 @@ class Bench:
 
     def measured(self, way: str, budget: float) -> Measured:
         """The cost and the accuracy of one way's model, from the disk if it was measured before."""
-        name = f"seed-{self.seed.seed}-{way.replace(' ', '-')}-{budget:.0%}"
+        name = f"seed-{self.seed.seed}-{way.replace(' ', '-')}-{percent(budget)}"
         checkpoints = self.folder / f"{name}-checkpoints"
 
         def measure() -> Measured:
@@ -206,7 +206,7 @@ def show(table: dict[tuple[str, float], list[Measured]], dense: list[float]) -> 
         f"Points of test accuracy lost, mean ± spread of {len(dense)} seeds (CPU minutes of"
         f" training); dense {mean_and_spread(dense)} %"
     )
-    printed = Table("way", *(f"{budget:.0%} of the MACs" for budget in budgets), title=title)
+    printed = Table("way", *(f"{percent(budget)} of the MACs" for budget in budgets), title=title)
     for way in dict.fromkeys(way for way, _ in table):
         cells = []
         for budget in budgets:

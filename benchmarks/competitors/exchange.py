@@ -82,7 +82,7 @@ class Job:
 
     def answer(self, method: str, share: float) -> Path:
         """The file of an answer; it is there if and only if it is whole."""
-        return Path(self.output) / f"{method}-{share:.0%}.json"
+        return Path(self.output) / f"{method}-{share * 100:g}%.json"
 
     def batches(self, path: str) -> list[dict[str, torch.Tensor]]:
         """Padded batches in the order of the file, with `labels` where it has them."""
