@@ -5,10 +5,10 @@ over that of a forward pass which keeps its activations.
     python benchmarks/scoring_cost.py .cache/gemma3-270m --gguf-file gemma-3-270m-q4_k_m.gguf \
         --examples 4 --batch-size 2 --tokens 256
 
-The limit in time is about 2: a forward pass and a backward pass over activations. Full weight
-gradients, as Taylor scoring by weights needs them, stand beside it. Each takes turns with forward
-passes, batch by batch, so that a busy machine slows both, and the ratios are medians of rounds.
-Memory is the rise of the process's high-water mark above the loaded model, each way in a process
+The lower bound in time is about 2, a forward pass and a backward pass over activations; what it
+aims at is 2.3. Full weight gradients, as Taylor scoring by weights needs them, stand beside it.
+Each takes turns with forward passes, batch by batch, so that a busy machine slows both, and the
+ratios are medians of rounds. Memory is the rise of the process's high-water mark above the loaded model, each way in a process
 of its own. A GGUF file is saved as a plain checkpoint for them first. It prints a table and draws
 it in runs/benchmark-scoring-cost/.
 """

@@ -58,9 +58,10 @@ def compensate(
     If it raises, the pruned model is as it was before.
 
     Memory: the hidden states of all batches twice and what else their layers are called with, the
-    residual sums of one layer and what its inlets read, a copy of the refitted matrices, and six
-    (columns x columns) matrices in float64 for the widest of them; of a classifier also the
-    activations of one batch. Time: about five forward passes over the layers, in families whose
+    residual sums of one layer and what its inlets read, a copy of the refitted matrices, and about
+    eight (columns x columns) matrices in float64 for the widest outlet, one outlet at a time; of a
+    classifier, where inlets are refitted, four of (2 x features + 1)^2 for the inlets' pairs of
+    streams if that is more, and the activations of one batch. Time: about five forward passes over the layers, in families whose
     layers hand on more than hidden states seven, and for a classifier a forward and a backward pass
     more. By scores: no pass, and four matrices.
 

@@ -102,22 +102,18 @@ def refit_inlets(
             )
             for equations, where in zip(pair, (~call.held, call.held), strict=True):
                 equations.add(both[where], both[where, :0], counts[batch][where])
-    for paths, (fit, held) in sums.items():
-        whole = NormalEquations.like(fit.cross)
-        whole.absorb(fit)
-        whole.absorb(held)
+    while sums:  # one pair of moments, the largest matrices here, at a time
+        paths, (fit, held) = sums.popitem()
+        chosen = {}
         for path in paths:
             wanted = as_rows(theirs[path])[:, rows[theirs[path], 0]]
             current = as_rows(ours[path])
-            chosen = best_fit(
-                _through(fit, wanted),
-                _through(held, wanted),
-                current,
-                len(current) - 1,
-                has_bias(ours[path]),
-            )
-            equations = _through(whole, wanted)
-            solution = chosen(equations)
+            judged = _through(fit, wanted), _through(held, wanted)
+            chosen[path] = best_fit(*judged, current, len(current) - 1, has_bias(ours[path]))
+        fit.absorb(held)
+        for path, choice in chosen.items():
+            equations = _through(fit, as_rows(theirs[path])[:, rows[theirs[path], 0]])
+            solution, current = choice(equations), as_rows(ours[path])
             if equations.error(solution) < equations.error(current):
                 write_rows(ours[path], solution)
 
