@@ -8,9 +8,9 @@ over that of a forward pass which keeps its activations.
 The lower bound in time is about 2, a forward pass and a backward pass over activations; what it
 aims at is 2.3. Full weight gradients, as Taylor scoring by weights needs them, stand beside it.
 Each takes turns with forward passes, batch by batch, so that a busy machine slows both, and the
-ratios are medians of rounds. Memory is the rise of the process's high-water mark above the loaded model, each way in a process
-of its own. A GGUF file is saved as a plain checkpoint for them first. It prints a table and draws
-it in runs/benchmark-scoring-cost/.
+ratios are medians of rounds. Memory is the rise of the process's high-water mark above the loaded
+model, each way in a process of its own. A GGUF file is saved as a plain checkpoint for them first.
+It prints a table and draws it in runs/benchmark-scoring-cost/.
 """
 
 from __future__ import annotations

@@ -61,9 +61,9 @@ def compensate(
     residual sums of one layer and what its inlets read, a copy of the refitted matrices, and about
     eight (columns x columns) matrices in float64 for the widest outlet, one outlet at a time; of a
     classifier, where inlets are refitted, four of (2 x features + 1)^2 for the inlets' pairs of
-    streams if that is more, and the activations of one batch. Time: about five forward passes over the layers, in families whose
-    layers hand on more than hidden states seven, and for a classifier a forward and a backward pass
-    more. By scores: no pass, and four matrices.
+    streams if that is more, and the activations of one batch. Time: about five forward passes over
+    the layers, in families whose layers hand on more than hidden states seven, and for a classifier
+    a forward and a backward pass more. By scores: no pass, and four matrices.
 
     Args:
         dense: the model before removal.
