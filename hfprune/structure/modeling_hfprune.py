@@ -41,8 +41,8 @@ ATTRIBUTES = {
     *("inner_dim", "dim", "intermediate_size", "num_experts"),
 }
 """The attributes in which modules count what surgery cuts; no other is ever set."""
-DERIVED = ("in_features", "out_features", "nx", "nf", "num_embeddings", "embedding_dim")
-"""Attributes that follow from the shapes."""
+DERIVED = ("nx", "nf", "num_embeddings", "embedding_dim")
+"""Attributes that follow from the shapes; the first checkpoints of version 1 say them too."""
 STACKS = ("encoder", "decoder", "text_model", "vision_model")  # a model may have only one of these
 logger = logging.getLogger(__name__)
 
@@ -219,11 +219,11 @@ def _rebuild(module: nn.Module, path: str, entry: Mapping[str, Any]) -> None:
         help_forward(module, patch["name"], patch["heads"])
     for name, value in entry.get("attrs", {}).items():
         stock = vars(module).get(name)
-        if name in DERIVED:
-            continue
-        if name not in ATTRIBUTES or type(stock) is not int or value > stock:
+        known = name in ATTRIBUTES or name in DERIVED
+        if not known or type(stock) is not int or value > stock:
             raise StructureError(f"{where}.{name} = {value}, stock has {stock}.")
-        setattr(module, name, value)
+        if name in ATTRIBUTES:
+            setattr(module, name, value)
     tensors = tensors_of(module)
     for name, shape in entry.get("shapes", {}).items():
         stock_shape = tuple(tensors[name].shape) if name in tensors else None

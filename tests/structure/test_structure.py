@@ -21,7 +21,6 @@ from hfprune.structure.checkpoint import as_stock, from_pretrained
 from hfprune.structure.cost import counted_macs, layers_macs
 from hfprune.structure.modeling_hfprune import (
     ATTRIBUTES,
-    DERIVED,
     KEY,
     PATCHES,
     StructureError,
@@ -140,13 +139,18 @@ def test_a_hostile_config_file_is_an_error_of_ours(folder, modules):
         path.write_text(honest)
 
 
+RESIZED = {"in_features", "out_features", "nx", "nf", "num_embeddings", "embedding_dim"}
+
+
 def only_what_surgery_writes_differs(model, stock):
-    """Attributes in the table's rows, and tensors inside layers along one axis."""
+    """Attributes in the table's rows, tensors inside layers along one axis, and what follows from
+    their shapes.
+    """
     known = {name: vars(module) for name, module in stock.named_modules()}
     for name, module in model.named_modules():
         before = known.get(name, {})
         odd = {k for k, v in vars(module).items() if type(v) is int and v != before.get(k, v)}
-        assert odd <= {*ATTRIBUTES, *DERIVED}
+        assert odd <= ATTRIBUTES | RESIZED
     shapes = {name: tensor.shape for name, tensor in stock.named_parameters()}
     for name, tensor in model.named_parameters():
         old = shapes.get(name, tensor.shape)
@@ -167,6 +171,8 @@ def test_every_attribute_that_a_row_lets_surgery_set_may_be_loaded():
         ({"encoder.layer.0.attention.self": {"attrs": {"attention_head_size": 4}}}, "stock has"),
         ({"encoder.layer.0.attention.self": {"attrs": {"num_attention_heads": -1}}}, "unusable"),
         ({"encoder.layer.0.attention.self": {"attrs": {"num_attention_heads": 9}}}, "stock has"),
+        ({"encoder.layer.0.output.dense": {"attrs": {"in_features": 10**9}}}, "stock has"),
+        ({"encoder.layer.0.output.dense": {"attrs": {"in_features": 20}}}, "stock has"),
         ({"encoder.layer.-1.attention.self": {"attrs": {"num_attention_heads": 1}}}, "layer"),
         ({"encoder.layer.7.output.dense": {"shapes": {"bias": [3]}}}, "does not have"),
         ({"../encoder.layer.0": {"shapes": {"bias": [3]}}}, "does not have"),
@@ -175,6 +181,17 @@ def test_every_attribute_that_a_row_lets_surgery_set_may_be_loaded():
 def test_a_structure_that_surgery_cannot_have_written_is_refused(modules, says):
     with pytest.raises(StructureError, match=says):
         build(CONFIGS[0], {"version": 1, "modules": modules})
+
+
+@pytest.mark.parametrize("nf", [20, 10**9])
+def test_the_sizes_that_early_checkpoints_say_beside_the_shapes_are_read(nf):
+    entry = {"shapes": {"weight": [32, 20], "bias": [20]}, "attrs": {"nf": nf}}
+    structure = {"version": 1, "modules": {"h.0.mlp.c_fc": entry}}
+    if nf > tiny.WIDTH:
+        with pytest.raises(StructureError, match="stock has"):
+            build(tiny.config("gpt2"), structure)
+    else:
+        assert build(tiny.config("gpt2"), structure).transformer.h[0].mlp.c_fc.nf == nf
 
 
 @pytest.mark.parametrize("version", [2, 10**20])
