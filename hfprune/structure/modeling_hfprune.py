@@ -89,9 +89,16 @@ _HOOKS = {
     "slice_bias": _slice_bias,
     "slice_alibi": _slice_alibi,
 }
-PATCHES = (*_HOOKS, "config_view", "bare")
+PATCHES = {
+    "own_bias": ("key_value_states", "position_bias"),
+    "no_bias": ("key_value_states", "position_bias"),
+    "slice_bias": ("attention_mask", "position_bias"),
+    "slice_alibi": ("residual", "alibi"),
+    "config_view": (),
+    "bare": ("cu_seqlens",),
+}
 """Help for attentions whose forward takes something that was made for the original heads, or whose
-output is of another form.
+output is of another form; each with arguments by which the forward is known.
 """
 
 
@@ -210,13 +217,10 @@ def _rebuild(module: nn.Module, path: str, entry: Mapping[str, Any]) -> None:
     patch = entry.get("patch", {})
     if (patch or "empty" in entry) and "Attention" not in type(module).__name__:
         raise StructureError(f"{where} is no attention, but a {type(module).__name__}.")
+    if patch:
+        _check_patch(module, where, **patch)
     if patch and "empty" not in entry:
-        counts = [vars(module).get(n) for n in ("num_attention_heads", "num_heads", "n_heads")]
-        heads = next((n for n in counts if n is not None), None)
-        heads = heads or getattr(getattr(module, "config", None), "num_attention_heads", 0)
-        if patch["heads"] and patch["heads"][-1] >= heads:
-            raise StructureError(f"{where} keeps head {patch['heads'][-1]}, stock has {heads}.")
-        help_forward(module, patch["name"], patch["heads"])
+        help_forward(module, **patch)
     for name, value in entry.get("attrs", {}).items():
         stock = vars(module).get(name)
         known = name in ATTRIBUTES or name in DERIVED
@@ -248,6 +252,18 @@ def _rebuild(module: nn.Module, path: str, entry: Mapping[str, Any]) -> None:
     # The inner base model has run its own initialisation by now; these parameters are new. An
     # emptied attention has none, and its class's initialisation would look for them.
     module._is_hf_initialized = "empty" in entry  # type: ignore[assignment]
+
+
+def _check_patch(module: nn.Module, where: str, name: str, heads: list[int]) -> None:
+    """Refuse a patch that is for attentions of another kind, or keeps heads that are not there."""
+    counts = [vars(module).get(n) for n in ("num_attention_heads", "num_heads", "n_heads")]
+    own = next((n for n in counts if n is not None), 0)
+    stock = own or getattr(getattr(module, "config", None), "num_attention_heads", 0)
+    fits = inspect.signature(module.forward).parameters.keys() >= {*PATCHES[name]}
+    if not stock or not fits or (own and name == "config_view"):
+        raise StructureError(f"{where}: {name!r} does not help a {type(module).__name__}.")
+    if heads and heads[-1] >= stock:
+        raise StructureError(f"{where} keeps head {heads[-1]}, stock has {stock}.")
 
 
 def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -307,7 +323,8 @@ def _patch(value: Any) -> bool:
     if not isinstance(value, Mapping) or value.keys() != {"name", "heads"}:
         return False
     heads = value["heads"]
-    return value["name"] in PATCHES and _shape(heads) and sorted(set(heads)) == heads
+    known = isinstance(value["name"], str) and value["name"] in PATCHES
+    return known and _shape(heads) and sorted(set(heads)) == heads
 
 
 def _shape(value: Any) -> bool:

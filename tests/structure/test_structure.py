@@ -67,7 +67,7 @@ ENTRY = st.fixed_dictionaries(
         ),
         "empty": st.sampled_from(["", "o", "dense", "__class__"]),
         "patch": st.fixed_dictionaries(
-            {"name": st.sampled_from(PATCHES), "heads": st.lists(SIZES, max_size=3)}
+            {"name": st.sampled_from([*PATCHES]), "heads": st.lists(SIZES, max_size=3)}
         ),
     },
 )
@@ -173,6 +173,10 @@ def test_every_attribute_that_a_row_lets_surgery_set_may_be_loaded():
         ({"encoder.layer.0.attention.self": {"attrs": {"num_attention_heads": 9}}}, "stock has"),
         ({"encoder.layer.0.output.dense": {"attrs": {"in_features": 10**9}}}, "stock has"),
         ({"encoder.layer.0.output.dense": {"attrs": {"in_features": 20}}}, "stock has"),
+        (
+            {"encoder.layer.0.attention.self": {"patch": {"name": ["bare"], "heads": []}}},
+            "unusable",
+        ),
         ({"encoder.layer.-1.attention.self": {"attrs": {"num_attention_heads": 1}}}, "layer"),
         ({"encoder.layer.7.output.dense": {"shapes": {"bias": [3]}}}, "does not have"),
         ({"../encoder.layer.0": {"shapes": {"bias": [3]}}}, "does not have"),
@@ -181,6 +185,29 @@ def test_every_attribute_that_a_row_lets_surgery_set_may_be_loaded():
 def test_a_structure_that_surgery_cannot_have_written_is_refused(modules, says):
     with pytest.raises(StructureError, match=says):
         build(CONFIGS[0], {"version": 1, "modules": modules})
+
+
+HELPED = {
+    "bert": ("encoder.layer.0.attention.self", ()),
+    "mpnet": ("encoder.layer.0.attention.attn", ("slice_bias",)),
+    "bloom": ("h.0.self_attention", ("slice_alibi",)),
+    "t5": ("encoder.block.0.layer.0.SelfAttention", ("own_bias", "no_bias")),
+    "phi3": ("layers.0.self_attn", ("config_view",)),
+}
+
+
+@pytest.mark.parametrize("family", HELPED)
+@pytest.mark.parametrize("how", [{}, {"empty": ""}])
+def test_a_patch_that_is_for_another_kind_of_attention_is_refused(family, how):
+    path, helpful = HELPED[family]
+    for name in PATCHES:
+        for heads in ([], [0]):
+            modules = {path: how | {"patch": {"name": name, "heads": heads}}}
+            if name in helpful:
+                build(tiny.config(family), {"version": 1, "modules": modules})
+                continue
+            with pytest.raises(StructureError, match=f"'{name}' does not help a "):
+                build(tiny.config(family), {"version": 1, "modules": modules})
 
 
 @pytest.mark.parametrize("nf", [20, 10**9])
