@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.integrations.heterogeneity.configuration_utils import (
@@ -27,6 +29,7 @@ from hfprune.structure.modeling_hfprune import (
     VERSION,
     ConfigView,
     StructureError,
+    auto_mappings,
     checked,
     help_forward,
     pruned,
@@ -332,34 +335,14 @@ def from_pretrained(
     hub = {
         k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs
     }
-    try:
-        config = AutoConfig.from_pretrained(model_id, **hub)
-    except ValueError as error:  # a model_type that this transformers does not know
-        raise CheckpointError(f"{model_id}: {str(error).splitlines()[0]}") from error
+    config = _read_config(model_id, **hub)
     structure = getattr(config, KEY, None)
     try:
         modules = checked(structure)
     except StructureError as error:
         raise CheckpointError(f"{model_id}: {error}") from error
     cls = _class_to_load(config, auto_class, model_id)
-    try:
-        loaded: Any = (pruned(cls) if modules else cls).from_pretrained(
-            model_id, config=config, output_loading_info=True, **kwargs
-        )
-    except StructureError as error:
-        raise CheckpointError(f"{model_id}: {error}") from error
-    except AmbiguousGlobalPerLayerAttributeError as error:
-        raise CheckpointError(
-            f"{model_id}: per_layer_config says that its layers differ, and hfprune has no"
-            f" structure for them in config.{KEY}."
-        ) from error
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise CheckpointError(
-            f"{model_id}: its weights are not of the shapes that its config says."
-        ) from error
-    model, info = loaded
+    model, info = _load(pruned(cls) if modules else cls, model_id, config, **kwargs)
     _note_commit(model, model_id, "config.json", **hub)
     odd = {k: sorted(map(str, info[k])) for k in ("missing_keys", "unexpected_keys") if info[k]}
     inside = f"{model.base_model_prefix}."
@@ -373,18 +356,90 @@ def from_pretrained(
     return model.eval()
 
 
+def _read_config(model_id: str | os.PathLike[str], **options: Any) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model_id, **options)
+    except (OSError, ImportError) as error:  # what is not there is no damage
+        if not isinstance(error.__context__, json.JSONDecodeError | UnicodeDecodeError):
+            raise
+        raise CheckpointError(f"{model_id}: its config.json is not JSON.") from error
+    except Exception as error:  # every family has its own way of saying no
+        raise CheckpointError(f"{model_id}: {_first_words(error)}") from error
+    return config
+
+
+def _load(
+    cls: Any, model_id: str | os.PathLike[str], config: PreTrainedConfig, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and which tensors were missing or left over."""
+    try:
+        model, info = cls.from_pretrained(
+            model_id, config=config, output_loading_info=True, **options
+        )
+    except StructureError as error:
+        raise CheckpointError(f"{model_id}: {error}") from error
+    except AmbiguousGlobalPerLayerAttributeError as error:
+        raise CheckpointError(
+            f"{model_id}: per_layer_config says that its layers differ, and hfprune has no"
+            f" structure for them in config.{KEY}."
+        ) from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{model_id}: its weights are damaged: {error}") from error
+    except (OSError, ImportError):  # what is not there is no damage
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
+            raise CheckpointError(
+                f"{model_id}: its weights are not of the shapes that its config says."
+            ) from error
+        if _gives_a_model(cls, config):
+            raise  # the options are to blame, or the machine
+        raise CheckpointError(
+            f"{model_id}: its config gives no {cls.__name__}: {_first_words(error)}"
+        ) from error
+    return model, info
+
+
+def _gives_a_model(cls: Any, config: PreTrainedConfig) -> bool:
+    """Whether a class can be built from a config at all; tried on the meta device."""
+    try:
+        with torch.device("meta"):
+            cls._from_config(copy.deepcopy(config))
+    except Exception:  # every family has its own way of saying no
+        return False
+    return True
+
+
+def _first_words(error: Exception) -> str:
+    """What an error says in its first paragraph, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".partition("\n\n")[0].split())
+
+
+def _takes(cls: Any, config: PreTrainedConfig) -> bool:
+    """Whether a value is a model class for a config: its own, or one that it borrows (exaone)."""
+    if not isinstance(cls, type) or not issubclass(cls, PreTrainedModel) or not cls.config_class:
+        return False
+    return isinstance(config, cls.config_class) or any(
+        mapping[type(config)] is cls
+        for mapping in auto_mappings().values()
+        if type(config) in mapping
+    )
+
+
 def _class_to_load(
     config: PreTrainedConfig, auto_class: type | None, model_id: str | os.PathLike[str]
 ) -> type[PreTrainedModel]:
     if auto_class is None:
-        names = config.architectures or []
-        cls = getattr(transformers, names[0], None) if names else None
-        if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        names = config.architectures
+        name = names[0] if names and isinstance(names, list) else None
+        cls = getattr(transformers, name, None) if isinstance(name, str) else None
+        if not _takes(cls, config):
             raise CheckpointError(
-                f"{model_id} names the classes {names}, none of which transformers has; pass "
-                "auto_class=AutoModel... to say which to load."
+                f"{model_id} names the classes {names}; the first is none that transformers has"
+                f" for {config.model_type} models. Pass auto_class=AutoModel... to say which to"
+                " load."
             )
-        return cls
+        return cast(type[PreTrainedModel], cls)
     if issubclass(auto_class, PreTrainedModel):
         return auto_class
     mapping = auto_class._model_mapping  # type: ignore[attr-defined]

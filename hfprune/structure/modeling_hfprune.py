@@ -385,7 +385,7 @@ class Pruned:
             )
         auto = {
             name: mapping[type(config)]
-            for name, mapping in _auto_mappings().items()
+            for name, mapping in auto_mappings().items()
             if type(config) in mapping and self._shares_names_with(mapping[type(config)])
         }
         for part in sub_configs_of(config).values():  # as a load does: a second save is the same
@@ -557,7 +557,7 @@ def sub_configs_of(config: Any) -> dict[str, Any]:
 
 
 @functools.cache
-def _auto_mappings() -> dict[str, Any]:
+def auto_mappings() -> dict[str, Any]:
     names = [name for name in dir(transformers) if name.startswith("AutoModel")]
     return {name: getattr(getattr(transformers, name), "_model_mapping", {}) for name in names}
 

@@ -1,7 +1,9 @@
 """What goes wrong goes wrong by name: hostile structures, unfit models and selections."""
 
+import contextlib
 import copy
 import json
+import shutil
 import tempfile
 
 import pytest
@@ -120,23 +122,93 @@ def folder(tmp_path_factory):
     return where
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.dictionaries(PATHS, ENTRY | ANYTHING, min_size=1, max_size=3) | ANYTHING)
-def test_a_hostile_config_file_is_an_error_of_ours(folder, modules):
-    path = folder / "config.json"
-    honest = path.read_text()
-    config = json.loads(honest)
-    config[KEY]["modules"] = modules
+@contextlib.contextmanager
+def spoilt(path, text):
+    """A file that says something else for a while."""
+    honest = path.read_bytes()
     try:
-        path.write_text(json.dumps(config))
-        model = from_pretrained(folder)
-    except CheckpointError as error:
-        assert str(folder) in str(error)
-    else:
-        outlet = model.bert.encoder.layer[0].output.dense.weight
-        assert outlet.shape == (tiny.HIDDEN, 5)  # what is in the file, nothing else
+        path.write_text(text)
+        yield
     finally:
-        path.write_text(honest)
+        path.write_bytes(honest)
+
+
+MODULES = st.dictionaries(PATHS, ENTRY | ANYTHING, min_size=1, max_size=3) | ANYTHING
+FIELDS = sorted({*CONFIGS[0].to_dict(), "auto_map", "layer_types", "per_layer_config"} - {KEY})
+# No large numbers: a config may ask for a billion layers, and is built before any weight is read.
+SETTINGS = st.integers(-4, 40) | st.sampled_from(["", "gelu", "int8", "t5", "BertModel"])
+SETTINGS |= st.none() | st.booleans() | st.floats() | st.lists(st.integers(-4, 40), max_size=3)
+SETTINGS |= st.dictionaries(st.sampled_from(["", "0", "AutoConfig"]), st.integers(-4, 40))
+
+
+@settings(max_examples=60, deadline=None)
+@example({"intermediate_size": -4}, None)
+@example({"architectures": [3]}, None)
+@example({"architectures": ["ViTForImageClassification"]}, None)
+@example({"dtype": "int8"}, None)
+@given(
+    st.dictionaries(st.sampled_from(FIELDS), SETTINGS | st.lists(SETTINGS, max_size=2), max_size=2),
+    st.none() | MODULES,
+)
+def test_a_hostile_config_file_is_an_error_of_ours(folder, fields, modules):
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | fields
+    if modules is not None:
+        config[KEY]["modules"] = modules
+    with spoilt(path, json.dumps(config)):
+        try:
+            model = from_pretrained(folder)
+        except CheckpointError as error:
+            assert str(folder) in str(error)
+        else:
+            outlet = model.bert.encoder.layer[0].output.dense.weight
+            assert outlet.shape == (tiny.HIDDEN, 5)  # what is in the file, nothing else
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (
+            {"intermediate_size": -4},
+            "its config gives no BertForMaskedLM: RuntimeError: .*negative",
+        ),
+        ({"num_attention_heads": 0}, "its config gives no BertForMaskedLM: ZeroDivisionError"),
+        ({"hidden_size": "many"}, "Validation error for field 'hidden_size'"),
+        ({"architectures": [3]}, r"names the classes \[3\].*for bert models. Pass auto_class="),
+        ({"architectures": ["ViTForImageClassification"]}, "for bert models. Pass auto_class="),
+        ({"architectures": ["PreTrainedModel"]}, "for bert models. Pass auto_class="),
+    ],
+)
+def test_a_config_that_gives_no_model_is_said_with_the_cause(fields, says, folder):
+    path = folder / "config.json"
+    with (
+        spoilt(path, json.dumps(json.loads(path.read_text()) | fields)),
+        pytest.raises(CheckpointError, match=says),
+    ):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [("config.json", "config.json is not JSON"), ("model.safetensors", "weights are damaged")],
+)
+def test_a_file_that_ends_early_is_said(file, says, folder):
+    with spoilt(folder / file, '{"'), pytest.raises(CheckpointError, match=says):
+        from_pretrained(folder)
+
+
+def test_what_is_not_there_and_what_was_asked_wrongly_is_no_damage(folder, tmp_path):
+    shutil.copy(folder / "config.json", tmp_path)
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="attn_implementation"):
+        from_pretrained(folder, attn_implementation="no such kernel")
+
+
+def test_a_family_may_borrow_the_classes_of_another(tmp_path):
+    model = tiny.model("exaone")
+    model.save_pretrained(tmp_path)
+    assert type(from_pretrained(tmp_path)) is transformers.LlamaForCausalLM
 
 
 RESIZED = {"in_features", "out_features", "nx", "nf", "num_embeddings", "embedding_dim"}
