@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -342,6 +343,7 @@ def from_pretrained(
     except StructureError as error:
         raise CheckpointError(f"{model_id}: {error}") from error
     cls = _class_to_load(config, auto_class, model_id)
+    _check_files(Path(model_id, kwargs.get("subfolder") or ""), config)
     model, info = _load(pruned(cls) if modules else cls, model_id, config, **kwargs)
     _note_commit(model, model_id, "config.json", **hub)
     odd = {k: sorted(map(str, info[k])) for k in ("missing_keys", "unexpected_keys") if info[k]}
@@ -366,6 +368,37 @@ def _read_config(model_id: str | os.PathLike[str], **options: Any) -> PreTrained
     except Exception as error:  # every family has its own way of saying no
         raise CheckpointError(f"{model_id}: {_first_words(error)}") from error
     return config
+
+
+def _check_files(folder: Path, config: PreTrainedConfig) -> None:
+    """Refuse weights outside of a folder: an index of them may name any file.
+
+    What the index of a Hub model names, the Hub's own client looks at.
+    """
+    named = getattr(config, "transformers_weights", None)
+    if named is not None:
+        _check_file("config.transformers_weights", named)
+    for path in folder.glob("*.index*.json"):
+        try:
+            index = json.loads(path.read_bytes())
+            files = {*index["weight_map"].values()}
+            index["metadata"].items()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path} is no index of weights, which has a weight_map and metadata:"
+                f" {_first_words(error)}"
+            ) from error
+        for file in files:
+            _check_file(path, file)
+
+
+def _check_file(where: object, file: object) -> None:
+    path = PureWindowsPath(file) if isinstance(file, str) else None  # it knows both separators
+    if path is None or path.name != file or not path.suffix:
+        raise CheckpointError(
+            f"{where} names {file!r}; weights must be files of the same folder, without a"
+            " directory before their names."
+        )
 
 
 def _load(

@@ -197,6 +197,65 @@ def test_a_file_that_ends_early_is_said(file, says, folder):
         from_pretrained(folder)
 
 
+@pytest.fixture
+def sharded(tmp_path):
+    """A pruned bert's folder with an index of weights; beside it, outside, the weights again."""
+    model = copy_and_cut(tiny.model("bert"), {"encoder.layer.0.output.dense": range(5)})
+    model.save_pretrained(tmp_path / "in", verify=False)
+    shutil.move(tmp_path / "in" / "model.safetensors", tmp_path / "in" / "all.safetensors")
+    shutil.copy(tmp_path / "in" / "all.safetensors", tmp_path / "out.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(model.state_dict(), "all.safetensors")}
+    (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps(index))
+    from_pretrained(tmp_path / "in")
+    return tmp_path / "in"
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["../out.safetensors", "{}/out.safetensors", "..\\out.bin", "C:out.bin", "in/all", "..", "", 3],
+)
+def test_weights_outside_of_the_folder_are_not_read(file, sharded):
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["bert.embeddings.LayerNorm.bias"] = (
+        file.format(sharded.parent) if isinstance(file, str) else file
+    )
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="must be files of the same folder"):
+        from_pretrained(sharded)
+
+
+@pytest.mark.parametrize("named", ["deeper/my.safetensors.index.json", "../out.safetensors", 3])
+def test_nor_by_what_the_config_names(named, sharded):
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "../out.safetensors")
+    (sharded / "deeper").mkdir()
+    (sharded / "deeper" / "my.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((sharded / "config.json").read_text()) | {"transformers_weights": named}
+    (sharded / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="must be files of the same folder"):
+        from_pretrained(sharded)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": {"a": []}}',
+        '{"weight_map": []}',
+        '{"weight_map": {}, "metadata": 1}',
+        "\udcff",
+    ],
+)
+def test_what_is_no_index_of_weights_is_said(index, sharded):
+    path = sharded / "model.safetensors.index.json"
+    path.write_text(index, errors="surrogateescape")
+    with pytest.raises(CheckpointError, match="is no index of weights"):
+        from_pretrained(sharded)
+
+
 def test_what_is_not_there_and_what_was_asked_wrongly_is_no_damage(folder, tmp_path):
     shutil.copy(folder / "config.json", tmp_path)
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
