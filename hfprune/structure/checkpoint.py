@@ -19,7 +19,7 @@ from transformers.integrations.heterogeneity.configuration_utils import (
 )
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from hfprune.errors import CheckpointError
+from hfprune.errors import CheckpointError, HfpruneError
 from hfprune.structure.anatomy import Anatomy, Group
 from hfprune.structure.architectures import Stack, row_of
 from hfprune.structure.modeling_hfprune import (
@@ -320,32 +320,35 @@ def from_pretrained(
         model_id: a folder or a Hub id.
         auto_class: the class to load, an `AutoModel...` or a model class; by default the class it
             was saved from.
-        **kwargs: as in transformers' `from_pretrained` (`dtype`, `device_map`, `revision`, `token`,
-            ...).
+        **kwargs: as in transformers' `AutoModel.from_pretrained`: where the files are (`revision`,
+            `subfolder`, `token`, ...), values in place of the config's (`num_labels`, ...) and how
+            to load (`dtype`, `device_map`, ...); without `config` and `output_loading_info`.
 
     Raises:
-        CheckpointError: the structure is damaged or from a newer version, tensors are missing or
-            left over, or `ignore_mismatched_sizes` was asked for, which would fill pruned layers
-            with random weights.
+        CheckpointError: the files are damaged, or the structure is from a newer version; tensors
+            are missing or left over; or `ignore_mismatched_sizes` was asked for, which would fill
+            pruned layers with random weights.
+        HfpruneError: an argument that this function does not take.
+        OSError: there is no such model, or a file of it is missing.
     """
     if kwargs.pop("ignore_mismatched_sizes", False):
         raise CheckpointError(
             "ignore_mismatched_sizes would fill the pruned layers with random weights; load "
             "without it."
         )
-    hub = {
-        k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs
-    }
-    config = _read_config(model_id, **hub)
-    structure = getattr(config, KEY, None)
+    for name, instead in NOT_TAKEN.items():
+        if name in kwargs:
+            raise HfpruneError(f"from_pretrained does not take {name}: {instead}.")
+    where = {name: kwargs[name] for name in WHERE if name in kwargs}
+    config, options = _read_config(model_id, kwargs)
     try:
-        modules = checked(structure)
+        modules = checked(getattr(config, KEY, None))
     except StructureError as error:
         raise CheckpointError(f"{model_id}: {error}") from error
     cls = _class_to_load(config, auto_class, model_id)
-    _check_files(Path(model_id, kwargs.get("subfolder") or ""), config)
-    model, info = _load(pruned(cls) if modules else cls, model_id, config, **kwargs)
-    _note_commit(model, model_id, "config.json", **hub)
+    _check_files(Path(model_id, where.get("subfolder", "")), config)
+    model, info = _load(pruned(cls) if modules else cls, model_id, config, **where, **options)
+    _note_commit(model, model_id, "config.json", **where | {"force_download": False})
     odd = {k: sorted(map(str, info[k])) for k in ("missing_keys", "unexpected_keys") if info[k]}
     inside = f"{model.base_model_prefix}."
     lost = [
@@ -358,16 +361,41 @@ def from_pretrained(
     return model.eval()
 
 
-def _read_config(model_id: str | os.PathLike[str], **options: Any) -> PreTrainedConfig:
+WHERE = (
+    *("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download"),
+    "proxies",
+)
+"""Arguments that say where a model's files are."""
+NOT_OF_THE_CONFIG = (
+    *("dtype", "torch_dtype", "quantization_config", "attn_implementation"),
+    *("experts_implementation", "trust_remote_code"),
+)
+"""Arguments that the model takes itself, although a config has them or takes them too."""
+NOT_TAKEN = {
+    "config": "the structure is in the model's own config; pass what should differ from it by name,"
+    " as in num_labels=2",
+    "output_loading_info": "it returns the model alone; tensors of a pruned model that are missing"
+    " or left over are an error",
+}
+
+
+def _read_config(
+    model_id: str | os.PathLike[str], given: Mapping[str, Any]
+) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The config with what was given in place of its values, and the arguments that are left."""
+    own = {name: given[name] for name in NOT_OF_THE_CONFIG if name in given}
+    others = {name: value for name, value in given.items() if name not in own}
+    if "trust_remote_code" in own:
+        others["trust_remote_code"] = own["trust_remote_code"]
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(model_id, **options)
+        config, left = AutoConfig.from_pretrained(model_id, return_unused_kwargs=True, **others)
     except (OSError, ImportError) as error:  # what is not there is no damage
         if not isinstance(error.__context__, json.JSONDecodeError | UnicodeDecodeError):
             raise
         raise CheckpointError(f"{model_id}: its config.json is not JSON.") from error
     except Exception as error:  # every family has its own way of saying no
         raise CheckpointError(f"{model_id}: {_first_words(error)}") from error
-    return config
+    return config, left | own
 
 
 def _check_files(folder: Path, config: PreTrainedConfig) -> None:
@@ -473,9 +501,14 @@ def _class_to_load(
                 " load."
             )
         return cast(type[PreTrainedModel], cls)
-    if issubclass(auto_class, PreTrainedModel):
+    if isinstance(auto_class, type) and issubclass(auto_class, PreTrainedModel):
         return auto_class
-    mapping = auto_class._model_mapping  # type: ignore[attr-defined]
+    mapping = getattr(auto_class, "_model_mapping", None)
+    if mapping is None:
+        raise HfpruneError(
+            f"auto_class is {auto_class!r}; pass a class of transformers, as in"
+            " auto_class=transformers.AutoModel."
+        )
     if type(config) not in mapping:
         raise CheckpointError(f"{auto_class.__name__} has no class for {config.model_type} models.")
     cls = mapping[type(config)]

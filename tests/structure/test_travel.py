@@ -134,6 +134,48 @@ def test_a_class_that_does_not_find_the_layers_is_refused(tmp_path):
         hfprune.from_pretrained(tmp_path, auto_class=transformers.AutoModelForQuestionAnswering)
 
 
+@pytest.mark.parametrize("root", ["empty", "another model"])
+def test_a_model_may_lie_in_a_subfolder(root, tmp_path):
+    if root != "empty":
+        tiny.model("llama").save_pretrained(tmp_path)
+    model = cut_model("bert")
+    model.save_pretrained(tmp_path / "sub", max_shard_size="20KB")
+    again = hfprune.from_pretrained(tmp_path, subfolder="sub")
+    assert Anatomy.of(again).groups == Anatomy.of(model).groups
+    index = tmp_path / "sub" / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-", "../model-"))
+    with pytest.raises(hfprune.errors.CheckpointError, match="files of the same folder"):
+        hfprune.from_pretrained(tmp_path, subfolder="sub")
+
+
+@pytest.mark.parametrize("make", [cut_model, tiny.model])
+def test_values_may_be_given_in_place_of_the_configs(make, tmp_path):
+    make("bert").save_pretrained(tmp_path)
+    auto = transformers.AutoModelForSequenceClassification
+    model = hfprune.from_pretrained(
+        tmp_path, auto, num_labels=3, problem_type="regression", dtype=torch.bfloat16
+    )
+    assert model.config.num_labels == 3 and model.classifier.out_features == 3
+    assert model.config.problem_type == "regression" and model.dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="no_such_option"):
+        hfprune.from_pretrained(tmp_path, auto, no_such_option=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"config": tiny.config("bert")}, "does not take config: .*num_labels=2"),
+        ({"output_loading_info": True}, "does not take output_loading_info: "),
+        ({"auto_class": "AutoModel"}, "auto_class is 'AutoModel'; .*transformers.AutoModel"),
+        ({"auto_class": transformers.AutoConfig}, "AutoConfig'>; pass a class"),
+    ],
+)
+def test_arguments_that_a_load_does_not_take_are_refused_by_name(given, says, tmp_path):
+    tiny.model("bert").save_pretrained(tmp_path)
+    with pytest.raises(hfprune.errors.HfpruneError, match=says):
+        hfprune.from_pretrained(tmp_path, **given)
+
+
 OFFLINE = """
 import socket, sys
 def refuse(*args, **kwargs): raise AssertionError("something called the network")
