@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,12 +12,17 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from hfprune.errors import HfpruneError, unknown
+from hfprune.importance.weights import digest
+from hfprune.structure.anatomy import Anatomy
+
+logger = logging.getLogger(__name__)
 
 _FILE = "scores.safetensors"
 _META = "scores"
-_MEASURED_ON = ("fingerprint", "examples", "tokens", "agreement")
+_MEASURED_ON = ("fingerprint", "examples", "tokens", "agreement", "weights")
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class Scores:
         moments: {group name: (columns + 1, columns + 1) second moments of its outlet's inputs and a
             constant one, tokens weighted by the loss's gradient}, float32 or wider: with them
             `compensate` needs no data. Empty, unless they were asked for.
+        weights: by which the scored weights are known again (see `check_model`); "" where that is
+            not known.
     """
 
     importance: Mapping[str, Mapping[str, torch.Tensor]]
@@ -43,6 +51,7 @@ class Scores:
     tokens: tuple[float, ...]
     agreement: Mapping[str, float]
     moments: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    weights: str = ""
 
     def by(self, criterion: str) -> Mapping[str, torch.Tensor]:
         """The importance by one criterion: {group name: (units,) float64}.
@@ -53,6 +62,24 @@ class Scores:
         if criterion not in self.importance:
             raise HfpruneError(unknown("criterion", criterion, self.importance))
         return self.importance[criterion]
+
+    def check_model(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
+        """Refuse to speak for a model of another structure; warn of one with other weights, which
+        may be meant: a model changes little in a few steps of training.
+
+        Raises:
+            HfpruneError: the structures differ.
+        """
+        if self.fingerprint != anatomy.fingerprint:
+            raise HfpruneError(
+                "These scores were measured on a model of another structure; score this model"
+                " again."
+            )
+        if self.weights and self.weights != digest(model, anatomy):
+            logger.warning(
+                "These scores were measured on other weights of the same structure: on another"
+                " model, or before training. Score this one, if what you plan is for it."
+            )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write scores.safetensors into a folder, under a temporary name first."""

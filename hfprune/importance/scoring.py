@@ -13,7 +13,6 @@ from typing import ParamSpec
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -42,14 +41,12 @@ from hfprune.importance.losses import Loss, is_token_level, loss_named
 from hfprune.importance.moments import MomentSums
 from hfprune.importance.reconstruction import Joint
 from hfprune.importance.scores import Scores
+from hfprune.importance.weights import digest, outlet_rows, weight_norms
 from hfprune.structure.anatomy import (
     Anatomy,
     Block,
     Group,
-    axis_of,
     is_offloaded,
-    moe_of,
-    slices,
 )
 
 P = ParamSpec("P")
@@ -154,6 +151,7 @@ def score(
         tuple(count / gathering.examples for count in gathering.tokens),
         agreement,
         kept,
+        digest(model, anatomy),
     )
 
 
@@ -381,7 +379,7 @@ class Gathering:
         seen = [g for g, times in zip(self.parts, reached, strict=True) if times]
         if self.joint:
             groups = [g for g in seen if isinstance(g, Group)]
-            self.joint.reduce(((g, *_outlet_rows(self._model, g).shape) for g in groups), device)
+            self.joint.reduce(((g, *outlet_rows(self._model, g).shape) for g in groups), device)
         for group in seen:
             self._total(self.gates, group, (2, 2, self._observed(group)), device)
             if not self._joint_only:
@@ -408,7 +406,7 @@ class Gathering:
         """
         if group.units and group.name not in self.gates:
             raise DataError(f"The loss does not depend on {group.name}: no gradient reached it.")
-        outlet, weights = _weight_norms(model, group)
+        outlet, weights = weight_norms(model, group)
         none = torch.zeros(2, 2, group.units, dtype=torch.float64)
         absolute, squared = self.gates.get(group.name, none).cpu()
         whole = Evidence(
@@ -438,49 +436,7 @@ class Gathering:
             return None
         return Joint(
             self.joint.take(group),
-            _outlet_rows(self._model, group),
+            outlet_rows(self._model, group),
             group.units,
             bias=getattr(outlet_of(self._model, group), "bias", None) is not None,
         )
-
-
-def _outlet_rows(model: PreTrainedModel, group: Group) -> torch.Tensor:
-    """An outlet's weights as (columns, outputs)."""
-    outlet = outlet_of(model, group)
-    (weight,) = _whole(outlet, "weight")
-    return weight if axis_of(outlet, 1) == 0 else weight.T
-
-
-def _weight_norms(
-    model: PreTrainedModel, group: Group | Block
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared weight norms, float64: (units, columns) of the outlet, (units,) of all of a unit.
-
-    The key and value of a KV group count for each of its query heads. Of an expert, whose routing
-    weight is its gate, the outlet is the expert itself.
-    """
-    if isinstance(group, Block):
-        tensors = [p.double().flatten(1) for p in _whole(moe_of(model, group)[1])]
-        norms = torch.stack([t.square().sum(dim=1) for t in tensors]).sum(dim=0).cpu()
-        return norms[:, None], norms
-    columns = _outlet_rows(model, group).double().square().sum(dim=1).cpu()
-    total = torch.zeros(group.units, dtype=torch.float64)
-    for piece in slices(model, group):
-        weight = _whole(piece.module, "weight")[0].double().square()
-        axis = axis_of(piece.module, piece.dim)
-        rows = (weight if weight.dim() == 1 else weight.sum(dim=1 - axis)).cpu()
-        owned = rows[piece.rows].sum(dim=1)
-        total += owned.repeat_interleave(group.heads_per_kv) if piece.per_kv else owned
-    return columns.reshape(group.units, group.columns), total
-
-
-def _whole(module: nn.Module, *names: str) -> list[torch.Tensor]:
-    """The values of the named parameters of a module, or of all of its own, whether they are
-    sharded or offloaded.
-    """
-    from accelerate.utils import align_module_device  # a second to import
-
-    with align_module_device(module):
-        own = dict(module.named_parameters(recurse=False))
-        values = [own[name].detach() for name in names or own]
-        return [v.full_tensor() if isinstance(v, DTensor) else v for v in values]

@@ -68,9 +68,9 @@ def plan(
 
     Raises:
         BudgetError: no structure meets the budget; the message names the nearest that one can.
-        HfpruneError: the scores are of a model of another structure (another model of the same
-            is not noticed), the criterion was not scored, `tokens` are less than 1, or the
-            constraints or the latency table do not fit the model.
+        HfpruneError: the scores are of a model of another structure (of other weights there is a
+            warning), the criterion was not scored, `tokens` are less than 1, or the constraints or
+            the latency table do not fit the model.
     """
     return plan_family(model, scores, [budget], criterion, constraints, tokens, latency)[0]
 
@@ -108,10 +108,7 @@ def plan_family(
         HfpruneError: as `plan`.
     """
     anatomy = Anatomy.of(model)
-    if scores.fingerprint != anatomy.fingerprint:
-        raise HfpruneError(
-            "These scores were measured on a model of another structure; score this model again."
-        )
+    scores.check_model(model, anatomy)
     constraints = constraints or Constraints()
     constraints.check(model)
     importance = scores.by(criterion)

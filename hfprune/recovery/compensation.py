@@ -113,8 +113,7 @@ def _on_batches(origin: Origin, batches: Sequence[Batch]) -> None:
 
 def _by_moments(origin: Origin, scores: Scores) -> None:
     """Refit each outlet by itself to what it gave in the dense model."""
-    if scores.fingerprint != origin.before.fingerprint:
-        raise HfpruneError("These scores are not of the dense model; score it.")
+    scores.check_model(origin.dense, origin.before)
     if not scores.moments:
         raise HfpruneError(
             "These scores hold no moments to compensate by: score(..., moments=True), or give"

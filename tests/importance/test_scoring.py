@@ -1,5 +1,7 @@
 """Scores against finite differences and hand computation; batching, padding, processes, errors."""
 
+import copy
+import dataclasses
 import os
 
 import pytest
@@ -185,7 +187,7 @@ def test_scores_come_back_from_their_folder(tmp_path):
     scores.save(tmp_path / "new" / "folder")
     again = Scores.load(tmp_path / "new" / "folder")
     assert_same(again, scores, rtol=0, atol=0)
-    assert again == Scores(again.importance, *[getattr(scores, f) for f in FIELDS])
+    assert again == dataclasses.replace(scores, importance=again.importance)
     scores.save(tmp_path / "new" / "folder")  # over itself
     assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["scores.safetensors"]
 
@@ -228,9 +230,6 @@ def test_scores_that_cannot_be_read(tmp_path, of):
     damaged(tmp_path, of)
     with pytest.raises(HfpruneError, match="holds no scores that this hfprune can read"):
         Scores.load(tmp_path)
-
-
-FIELDS = ("fingerprint", "examples", "tokens", "agreement")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -503,3 +502,26 @@ def test_a_criterion_is_not_asked_about_groups_without_units(registry):
     pruned = copy_and_cut(model, selection)
     found = score(pruned, [batch], "relative", loss=total).by("relative")
     assert [len(values) for values in found.values()] == [len(s) for s in selection.values()]
+
+
+def test_scores_know_their_weights_again(tmp_path, caplog):
+    model, batch = make("bert")
+    scores = score(model, [batch], ["fisher"])
+    scores.save(tmp_path)
+    again = Scores.load(tmp_path)
+    anatomy = Anatomy.of(model)
+    for same in (model, copy.deepcopy(model).to(torch.bfloat16)):
+        again.check_model(same, anatomy)
+    assert "other weights" not in caplog.text
+    other = copy.deepcopy(model)
+    with torch.no_grad():  # as a little training leaves it
+        for parameter in other.parameters():
+            parameter.add_(1e-3 * torch.randn_like(parameter))
+    again.check_model(other, anatomy)
+    assert "measured on other weights" in caplog.text
+    caplog.clear()
+    old = dataclasses.replace(again, weights="")  # of an hfprune that did not know
+    old.check_model(other, anatomy)
+    assert not caplog.text
+    with pytest.raises(HfpruneError, match="another structure"):
+        again.check_model(tiny.model("llama"), Anatomy.of(tiny.model("llama")))
