@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hfprune.errors import DataError, unknown
-from hfprune.evaluation.evaluate import IGNORED
+from hfprune.importance.batches import IGNORED
 from hfprune.recipe import Data
 
 if TYPE_CHECKING:

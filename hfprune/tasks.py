@@ -10,12 +10,12 @@ from hfprune import examples
 from hfprune.data import Batches, Collate, Row
 from hfprune.errors import RecipeError, unknown
 from hfprune.evaluation.evaluate import (
-    IGNORED,
     Quality,
     evaluate_classification,
     evaluate_perplexity,
 )
 from hfprune.evaluation.extraction import evaluate_answers, evaluate_entities
+from hfprune.importance.batches import IGNORED
 from hfprune.recipe import Data
 
 if TYPE_CHECKING:

@@ -102,6 +102,16 @@ def test_an_upward_import_would_be_seen():
     assert upward("from hfprune.errors import HfpruneError", "hfprune.errors") == []
 
 
+def test_the_label_without_a_loss_is_defined_once():
+    homes = [
+        module
+        for module, path in modules().items()
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Assign) and "IGNORED" in map(ast.unparse, node.targets)
+    ]
+    assert homes == ["hfprune.importance.batches"]
+
+
 def test_errors_import_nothing_of_the_house():
     assert not imports((ROOT / "errors.py").read_text(), "hfprune")
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from hfprune.errors import DataError, unknown
+from hfprune.importance.batches import IGNORED
 
 if TYPE_CHECKING:
     import torch
@@ -48,9 +49,6 @@ _OF_CLASSES = {name for name, metric in METRICS.items() if metric.given == "refe
 
 RESAMPLES = 1000
 """How often the bootstrap draws the examples anew."""
-
-IGNORED = -100
-"""The label of a token that is not predicted, as everywhere in transformers."""
 
 Columns = dict[str, np.ndarray]
 """A metric's inputs by name, each with one row per example."""

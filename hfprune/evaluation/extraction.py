@@ -13,7 +13,6 @@ import numpy as np
 
 from hfprune.errors import DataError
 from hfprune.evaluation.evaluate import (
-    IGNORED,
     Quality,
     inference,
     labels_of,
@@ -21,6 +20,7 @@ from hfprune.evaluation.evaluate import (
     progress_bar,
     quality_of,
 )
+from hfprune.importance.batches import IGNORED
 
 if TYPE_CHECKING:
     import torch

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hfprune.errors import DataError, RecipeError, unknown
+from hfprune.importance.batches import IGNORED
 
-IGNORED = -100  # label of a position without a loss, in all of transformers
 DivergenceKind = Literal["forward", "reverse", "skewed"]
 DistanceKind = Literal["cosine", "mse"]
 
