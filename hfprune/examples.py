@@ -2,7 +2,8 @@
 
 Each takes the splits as they were loaded, the model's tokenizer or image processor and the recipe's
 `data`, and gives the splits as examples. Each raises DataError if a column is missing or holds what
-the task cannot read.
+the task cannot read. Splits are those of `data`, such as "train", or go by the whole name of
+another field of the recipe, such as "measure.also.news".
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Rows = dict[str, list[Any]]
 def labelled(splits: Splits, tokenizer: PreTrainedTokenizerBase, data: Data) -> dict[str, Dataset]:
     """Texts, or pairs of them, of a class each: input_ids, attention_mask, ... and labels."""
     columns = [data.text] + ([data.text_pair] if data.text_pair else [])
-    _check_columns(splits, *columns, data.label)
+    _check_columns(splits, data, "text", *(["text_pair"] if data.text_pair else []), "label")
     _check_classes(splits, data)
 
     def encode(rows: Rows) -> Rows:
@@ -49,7 +50,7 @@ def blocks(splits: Splits, tokenizer: PreTrainedTokenizerBase, data: Data) -> di
     Raises:
         DataError: also where a split is shorter than one block.
     """
-    _check_columns(splits, data.text)
+    _check_columns(splits, data, "text")
     begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     size = data.max_length - len(begin)
 
@@ -66,14 +67,14 @@ def blocks(splits: Splits, tokenizer: PreTrainedTokenizerBase, data: Data) -> di
         )
         if not len(made[split]):
             raise DataError(
-                f"data.{split} has fewer than {size} tokens: not one block of max_length."
+                f"{_field(split)} has fewer than {size} tokens: not one block of max_length."
             )
     return made
 
 
 def rewritten(splits: Splits, tokenizer: PreTrainedTokenizerBase, data: Data) -> dict[str, Dataset]:
     """Texts and the texts to make of them; the first follow the prefix."""
-    _check_columns(splits, data.text, data.label)
+    _check_columns(splits, data, "text", "label")
 
     def encode(rows: Rows) -> Rows:
         sources = [data.prefix + text for text in rows[data.text]]
@@ -88,7 +89,7 @@ def rewritten(splits: Splits, tokenizer: PreTrainedTokenizerBase, data: Data) ->
 
 def tagged(splits: Splits, tokenizer: PreTrainedTokenizerBase, data: Data) -> dict[str, Dataset]:
     """Texts as lists of words with a class each, which the first token of the word is to be of."""
-    _check_columns(splits, data.text, data.label)
+    _check_columns(splits, data, "text", "label")
     _check_is_fast(tokenizer)
     for split, dataset in splits.items():
         pairs = zip(dataset[data.text], dataset[data.label], strict=True)
@@ -96,8 +97,9 @@ def tagged(splits: Splits, tokenizer: PreTrainedTokenizerBase, data: Data) -> di
             lists = isinstance(words, list) and isinstance(tags, list) and len(words) == len(tags)
             if not lists or not all(type(tag) is int and tag >= 0 for tag in tags):
                 raise DataError(
-                    f"data.{split}: {data.text!r} and {data.label!r} of example {row} must be lists"
-                    " of equal length, of words and of the numbers of their classes, 0 or more."
+                    f"{_field(split)}: {data.text!r} and {data.label!r} of example {row} must be"
+                    " lists of equal length, of words and of the numbers of their classes, 0 or"
+                    " more."
                 )
 
     def encode(rows: Rows) -> Rows:
@@ -125,14 +127,14 @@ def answered(splits: Splits, tokenizer: PreTrainedTokenizerBase, data: Data) -> 
     """
     context = data.text_pair
     assert context is not None  # the task needs it
-    _check_columns(splits, data.text, context, data.label)
+    _check_columns(splits, data, "text", "text_pair", "label")
     _check_is_fast(tokenizer)
     for split, dataset in splits.items():
         for row, answers in enumerate(dataset[data.label]):
             if not isinstance(answers, dict) or not {"text", "answer_start"} <= answers.keys():
                 raise DataError(
-                    f"data.{split}: the {data.label!r} of example {row} is {answers!r}; it must be"
-                    ' of the form {"text": [...], "answer_start": [...]}.'
+                    f"{_field(split)}: the {data.label!r} of example {row} is {answers!r}; it must"
+                    ' be of the form {"text": [...], "answer_start": [...]}.'
                 )
     tokenizer.padding_side = "right"  # places count from the left
 
@@ -196,7 +198,7 @@ def pictures(splits: Splits, processor: BaseImageProcessor, data: Data) -> dict[
     """
     import datasets
 
-    _check_columns(splits, data.image, data.label)
+    _check_columns(splits, data, "image", "label")
     _check_classes(splits, data)
 
     def encode(rows: Rows) -> Rows:
@@ -219,13 +221,19 @@ def _mapped(splits: Splits, encode: Any) -> dict[str, Dataset]:
     }
 
 
-def _check_columns(splits: Splits, *columns: str) -> None:
+def _field(split: str) -> str:
+    """The field of the recipe that names a split's file."""
+    return split if "." in split else f"data.{split}"
+
+
+def _check_columns(splits: Splits, data: Data, *settings: str) -> None:
     for split, dataset in splits.items():
-        for column in columns:
-            if column not in dataset.column_names:
+        for setting in settings:
+            column, there = getattr(data, setting), dataset.column_names
+            if column not in there:
                 raise DataError(
-                    f"data.{split}: {unknown('column', column, dataset.column_names)} Name it in"
-                    " `data`."
+                    f"{_field(split)}: {unknown('column', column, there)} Name it in"
+                    f" `data.{setting}`."
                 )
 
 
@@ -234,7 +242,7 @@ def _check_classes(splits: Splits, data: Data) -> None:
         for row, label in enumerate(dataset[data.label]):
             if type(label) is not int or label < 0:
                 raise DataError(
-                    f"data.{split}: the {data.label!r} of example {row} is {label!r}; it must be"
+                    f"{_field(split)}: the {data.label!r} of example {row} is {label!r}; it must be"
                     " the number of a class, 0 or more."
                 )
 

@@ -234,10 +234,14 @@ class Steps:
     @cached_property
     def also(self) -> dict[str, Batches]:
         """The batches of other kinds that models are judged on besides, by their names."""
-        data, size = self.recipe.data, self.recipe.score.batch_size
-        loaded = load_named(data, self.recipe.measure.also, "measure.also")
-        made = self.task.examples(loaded, self.processor, data) if loaded else {}
-        return {name: Batches(rows, self.collate, size) for name, rows in made.items()}
+        data, size, field = self.recipe.data, self.recipe.score.batch_size, "measure.also."
+        loaded = load_named(data, self.recipe.measure.also, field.rstrip("."))
+        splits = {field + name: rows for name, rows in loaded.items()}  # errors name the field
+        made = self.task.examples(splits, self.processor, data) if loaded else {}
+        return {
+            name.removeprefix(field): Batches(rows, self.collate, size)
+            for name, rows in made.items()
+        }
 
     @property
     def training(self) -> Training:
@@ -321,8 +325,8 @@ class Steps:
 
     def _check_data(self) -> None:
         """Read the data before any model: what is wrong with it shows at once, not at the end."""
-        _ = self.also
         largest, examples = max(self.recipe.measure.batch_sizes), len(self.splits["test"])
+        _ = self.also
         if largest > examples:
             raise RecipeError(
                 f"measure.batch_sizes: data.test makes {examples} examples, too few for a batch of"

@@ -174,7 +174,7 @@ def test_a_missing_text_column_names_the_nearest(make, data, tokenizer):
 def test_missing_labels(tmp_path, tokenizer):
     bare = [{"text": row["text"]} for row in sentences(4)]
     data = write(tmp_path, train=sentences(4), dev=sentences(4), test=bare)
-    message = r"data\.test: Unknown column 'label'\. Available: text\. Name it in `data`"
+    message = r"data\.test: Unknown column 'label'\. Available: text\. Name it in `data\.label`"
     with pytest.raises(DataError, match=message):
         labelled(load_splits(data), tokenizer, data)
     assert blocks(load_splits(data), tokenizer, Data(data.train, data.dev, data.test, max_length=4))

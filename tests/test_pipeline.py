@@ -445,6 +445,15 @@ def test_data_that_cannot_serve(rows, message, finetuned, recipe, tmp_path):
     assert files(at(recipe)) == ["steps.json"]
 
 
+def test_a_column_that_is_missing_is_told_by_the_fields_that_name_it(recipe, tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"sentence": "good", "label": 1}\n')
+    other = changed(recipe, "measure", also={"other": str(tmp_path / "other.jsonl")})
+    with pytest.raises(DataError, match=r"^measure\.also\.other: Unknown .* in `data\.text`\.$"):
+        hfprune.run(other, say=str)
+    with pytest.raises(DataError, match=r"^data\.train: Unknown column 'txt'.* in `data\.text`\.$"):
+        hfprune.run(changed(other, "data", text="txt"), say=str)
+
+
 @pytest.mark.slow
 def test_the_commit_that_a_hub_id_stood_for_is_kept(recipe, tmp_path):
     """From the Hub's cache, laid out as the client lays it out."""
