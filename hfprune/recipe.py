@@ -20,11 +20,11 @@ from hfprune.errors import RecipeError, unknown
 if TYPE_CHECKING:
     from hfprune.planning.budget import Budget
 
+_WEIGHTS = ("task_weight", "logits_weight", "hidden_weight")
 _MAY_BE_ZERO = {
-    "seed", "threads", "weight_decay", "warmup", "min_heads", "min_neurons",
-    "task_weight", "logits_weight", "hidden_weight", "stride",
+    "seed", "threads", "weight_decay", "warmup", "min_heads", "min_neurons", "stride", *_WEIGHTS,
 }  # fmt: skip
-
+_LARGEST_SEED = 2**32 - 1  # that NumPy takes
 
 FREE = ("magnitude", "random")
 """The criteria that are always measured: they read no data, and others are compared with them."""
@@ -223,7 +223,7 @@ class Recipe:
             "text-generation", "summarization", "translation" or "image-classification".
         revision: commit, tag or branch of the Hub model.
         gguf_file: GGUF file in the model's folder, for models that come as one.
-        seed: of every random draw.
+        seed: of every random draw, less than 2**32.
         finetune: teach the dense model the task first; None where it knows it.
         score, prune, measure: the steps' settings.
         distill: learn from the dense model after removal; None to stop at compensation.
@@ -309,6 +309,13 @@ class Recipe:
                 raise RecipeError(f"{name} must be {least}, not {value}.")
             if setting in ("warmup", "skew") and value >= 1:
                 raise RecipeError(f"{name} must be a share, below 1, not {value}.")
+        if self.seed > _LARGEST_SEED:
+            raise RecipeError(f"seed must be at most {_LARGEST_SEED}, not {self.seed}.")
+        if self.distill and not any(getattr(self.distill, name) for name in _WEIGHTS):
+            raise RecipeError(
+                f"distill: {', '.join(_WEIGHTS)} are all 0, so that nothing would be learnt; give"
+                " one of them more than 0, or leave distill out."
+            )
         if not self.measure.batch_sizes:
             raise RecipeError("measure.batch_sizes must hold one batch size at least.")
         for setting in task.needs:

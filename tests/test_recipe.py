@@ -141,6 +141,7 @@ def test_a_value_of_the_wrong_type_is_named(path, wrong, values, tmp_path):
     ("path", "wrong"),
     [
         ("seed", -1),
+        ("seed", 2**32),
         ("data.max_length", 0),
         ("finetune.epochs", 0),
         ("finetune.epochs", math.nan),
@@ -171,6 +172,13 @@ def test_a_number_out_of_range_is_named(path, wrong, values, tmp_path):
 @pytest.mark.parametrize("path", ["prune.min_heads", "distill.task_weight", "finetune.warmup"])
 def test_some_numbers_may_be_0(path, values, tmp_path):
     load(put(values, path, 0), tmp_path)
+
+
+def test_a_distillation_learns_something(values, tmp_path):
+    values["distill"] = dict.fromkeys(("task_weight", "logits_weight", "hidden_weight"), 0)
+    with pytest.raises(RecipeError, match=r"^distill: task_weight, logits_weight, .* are all 0"):
+        load(values, tmp_path)
+    load(put(values, "distill.hidden_weight", 0.1), tmp_path)
 
 
 def test_numbers_as_yaml_writes_them(values, tmp_path):
