@@ -395,7 +395,8 @@ class GradualPruning(TrainerCallback):
     def _run(self) -> list[Any]:
         """What must not change when a run goes on."""
         schedule = dataclasses.astuple(self._schedule)
-        return [str(self._budget), self._criterion, *schedule, self._smoothing]
+        settings = [str(self._budget), self._criterion, *schedule, self._smoothing]
+        return [*settings, str(self._constraints), self._tokens]
 
     def _restore(self, state: TrainerState) -> None:
         saved: Any = state.stateful_callbacks.get(_KEY)  # type: ignore[union-attr]
@@ -407,7 +408,8 @@ class GradualPruning(TrainerCallback):
         if saved["run"] != self._run():
             raise HfpruneError(
                 f"The checkpoint was pruned by {saved['run']} (budget, criterion, begin, end,"
-                f" every, smoothing), not by {self._run()}; go on with the same."
+                f" every, smoothing, constraints, tokens), not by {self._run()}; go on with the"
+                " same."
             )
         self._folded_at, self._final = saved["step"], saved["final"]
         self._examples, self._measured = saved["examples"], saved["tokens"]

@@ -22,8 +22,10 @@ class Schedule:
     """When plans are made, and what share of the way to the budget each goes.
 
     Attributes:
-        begin, end: the first and the last plan, as shares of the run's steps. What is left after
-            the last is for recovery with what then stays.
+        begin: share of the run's steps up to which everything stays; the first plan comes `every`
+            steps later, because none is needed to keep all.
+        end: share of the steps after which the last plan is made. What is left after it is for
+            recovery with what then stays.
         every: steps from one plan to the next.
     """
 

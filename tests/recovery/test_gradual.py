@@ -123,6 +123,7 @@ def test_the_schedule_is_the_cubic_of_zhu_and_gupta():
     due = [step for step in range(1, 101) if schedule.due(step, 100)]
     assert due == [*range(15, 70, 5), 70]
     budget = Budget.parse("macs=40%, params=55%")
+    assert [limit.amount for limit in schedule.at(10, 100, budget).limits] == [1.0, 1.0]
     for step in due:
         kept = [limit.amount for limit in schedule.at(step, 100, budget).limits]
         for share, final in zip(kept, (0.4, 0.55), strict=True):
@@ -458,6 +459,10 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path):
     checkpoint = str(tmp_path / "half/checkpoint-5")
     with pytest.raises(HfpruneError, match="not by"):
         train(model_of("bert"), rows, tmp_path, GradualPruning("macs=60%"), resume=checkpoint)
+    for change in ({"constraints": hfprune.Constraints(round_to=8)}, {"tokens": 7}):
+        other = GradualPruning("macs=50%", **change)
+        with pytest.raises(HfpruneError, match="constraints, tokens"):
+            train(model_of("bert"), rows, tmp_path, other, resume=checkpoint)
 
 
 def test_two_forward_passes_for_one_backward_are_refused(tmp_path):
