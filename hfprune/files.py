@@ -1,5 +1,5 @@
-"""Files that are there whole or not at all, why one could not be written, and what is in them by
-its hash.
+"""Files and folders that are there whole or not at all, why one could not be written, and what is
+in a file by its hash.
 """
 
 from __future__ import annotations
@@ -7,6 +7,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _UNWRITABLE = {
@@ -16,22 +19,57 @@ _UNWRITABLE = {
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file under a temporary name beside it, then rename it into place."""
-    temporary = Path(f"{os.fspath(path)}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a text file under a temporary name beside it, then rename it into place.
+
+    Raises:
+        OSError: the path is a folder's, or the file cannot be written.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder; give the name of a file.")
+    temporary = target.with_name(f"{target.name}.tmp")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-def why_unwritable(error: BaseException) -> str | None:
-    """Why a file could not be written; None if that is not what the error is about."""
+@contextmanager
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Within, a new folder is written under a temporary name beside it; it is renamed at the end,
+    and removed if that is not reached.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def why_unwritable(error: BaseException, folder: str | os.PathLike[str]) -> str | None:
+    """Why a file in a folder could not be written; None if that is not what the error is about."""
     if isinstance(error, OSError):
-        return error.strerror if error.errno in _UNWRITABLE else None
+        return error.strerror if error.errno in _UNWRITABLE and _in(folder, error) else None
     text = str(error).partition("\n")[0]
     # safetensors and torch.save tell of the system's errors in their own.
     if "inline_container.cc" in text and "unexpected pos" in text:
         return "a file was cut short; is the disk full, or a limit reached?"
     return text if "(os error " in text or "PytorchStreamWriter" in text else None
+
+
+def _in(folder: str | os.PathLike[str], error: OSError) -> bool:
+    """Whether an error is about a file in a folder, or does not say of which."""
+    if not isinstance(error.filename, str | os.PathLike):
+        return True
+    return Path(error.filename).resolve().is_relative_to(Path(folder).resolve())
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

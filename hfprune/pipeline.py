@@ -178,7 +178,7 @@ class _Run:
                 _remove(checkpoints_of(temporary))
         except Exception as error:
             of_checkpoint = error.__cause__ if isinstance(error, CheckpointError) else None
-            why = why_unwritable(of_checkpoint or error)
+            why = why_unwritable(of_checkpoint or error, self.folder)
             if why is None:
                 raise
             raise HfpruneError(

@@ -3,6 +3,7 @@ lost, and the end is the same.
 """
 
 import dataclasses
+import errno
 import os
 import random
 import shutil
@@ -16,7 +17,9 @@ from launching import FSDP, environment, forked, together
 from test_pipeline import at, generation, leftovers, make
 
 import hfprune
+from hfprune import steps
 from hfprune.errors import HfpruneError
+from hfprune.files import whole_folder, write_whole
 from hfprune.planning.plan import PruningPlan
 from hfprune.recovery.checkpoints import last_complete_checkpoint
 from hfprune.steps import steps_done
@@ -119,6 +122,51 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(count, tmp_path
     plans = [PruningPlan.load(at(r, "plan.json")) for r in (whole, killed)]
     assert plans[0] == plans[1]
     assert same_weights("dense", whole, killed) and same_weights("distilled", whole, killed)
+
+
+def test_a_text_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(IsADirectoryError, match="taken is a folder; give the name of a file"):
+        write_whole(tmp_path / "taken", "text")
+    write_whole(tmp_path / "file", "before")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fails(OSError(errno.EIO, "Input/output error")))
+        with pytest.raises(OSError, match="Input/output"):
+            write_whole(tmp_path / "file", "after")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
+    assert (tmp_path / "file").read_text() == "before"
+
+
+def fails(error):
+    def call(*given, **named):
+        raise error
+
+    return call
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+    (tmp_path / ".small.tmp").mkdir()
+    (tmp_path / ".small.tmp" / "of a process that was killed").touch()
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "small") as folder:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with whole_folder(tmp_path / "small") as folder:
+        (folder / "all").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["small", "all"]
+
+
+@pytest.mark.parametrize("place", ["run/compensated", "photos/1.png"])
+def test_what_cannot_be_read_is_not_said_to_be_unwritable(place, tmp_path, monkeypatch):
+    recipe = make(tmp_path, finetune=None)
+    hfprune.run(recipe, say=str, until="pruned")
+    denied = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / place))
+    monkeypatch.setattr(steps, "compensate", fails(denied))
+    with pytest.raises((HfpruneError, OSError)) as caught:
+        hfprune.run(recipe, say=str, until="compensated")
+    of_ours = f"Compensating by least squares: cannot write in {at(recipe)}: Permission denied."
+    assert str(caught.value).startswith(of_ours if place.startswith("run") else str(denied))
+    assert not leftovers(recipe)
 
 
 def test_a_checkpoint_cut_off_in_its_last_file_is_not_complete(tmp_path):

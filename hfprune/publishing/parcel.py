@@ -16,7 +16,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from hfprune.errors import PublishError
-from hfprune.files import write_whole
+from hfprune.files import whole_folder, write_whole
 from hfprune.planning.plan import PruningPlan
 from hfprune.publishing.page import FIGURES
 from hfprune.publishing.report import Report, weights_of
@@ -275,16 +275,14 @@ def write_out(files: Mapping[str, Path | bytes], folder: Path) -> None:
     """
     if folder.exists():
         raise PublishError(f"{folder} exists; choose a folder that does not.")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    for name, file in files.items():
-        path = temporary / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(file, bytes):
-            path.write_bytes(file)
-        else:
-            shutil.copyfile(file, path)
-    temporary.rename(folder)
+    with whole_folder(folder) as temporary:
+        for name, file in files.items():
+            path = temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(file, bytes):
+                path.write_bytes(file)
+            else:
+                shutil.copyfile(file, path)
 
 
 def recorded(source: Any, repo_id: str, revision: str) -> str | None:

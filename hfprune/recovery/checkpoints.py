@@ -114,7 +114,7 @@ def removed_unless_whole(output_dir: Path, step: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        why = why_unwritable(error)
+        why = why_unwritable(error, output_dir)
         if why is None:
             raise
         shutil.rmtree(output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}", ignore_errors=True)
