@@ -34,6 +34,7 @@ from hfprune.recipe import SPLITS, Recipe
 from hfprune.steps import DONE, Step, Steps, checkpoints_of, steps_done
 
 _RECIPE = "recipe.yaml"
+_KEY = "[0-9a-f]" * 16  # as temporary names begin
 
 
 def run(
@@ -137,8 +138,8 @@ class _Run:
     def _report(self) -> Report:
         report = Report.from_dict(json.loads((self.folder / "report.json").read_text()))
         recipe = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False)
-        (self.folder / _RECIPE).write_text(recipe)
-        (self.folder / "report.md").write_text(report.markdown())
+        write_whole(self.folder / _RECIPE, recipe)
+        write_whole(self.folder / "report.md", report.markdown())
         return report
 
     def _key(self, step: Step, before: str) -> str:
@@ -198,7 +199,7 @@ class _Run:
         temporary.parent.mkdir(exist_ok=True)
         _remove(temporary)
         checkpoints = checkpoints_of(temporary)
-        for stale in set(temporary.parent.glob(".*-checkpoints")) - {checkpoints}:
+        for stale in set(temporary.parent.glob(f".{_KEY}-*")) - {checkpoints}:
             _remove(stale)
         done = steps_done(self.folder)
         if done.pop(step.artefact, None):  # it is about to be another recipe's

@@ -372,6 +372,28 @@ def test_an_impossible_budget_leaves_what_was_finished(copied):
     assert {"dense", "scores"} <= set(done_before(said))
 
 
+def test_what_other_recipes_left_half_made_goes(copied):
+    other = changed(copied, "prune", budget="macs=60%")
+    for name in ("plan.json", "pruned", "distilled-checkpoints"):
+        at(copied, f".0123456789abcdef-{name}").mkdir()
+    at(copied, ".mine").touch()
+    hfprune.run(other, say=str, until="plan.json")
+    assert leftovers(copied) == [".mine"]
+
+
+def test_papers_are_written_whole(copied, monkeypatch):
+    def half(path, text, **options):
+        path.write_bytes(text.encode()[:9])
+        raise OSError("the disk is full")
+
+    before = [at(copied, name).read_bytes() for name in ("recipe.yaml", "report.md")]
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk is full"):
+        patch.setattr(Path, "write_text", half)
+        hfprune.run(copied, say=str)
+    assert [at(copied, name).read_bytes() for name in ("recipe.yaml", "report.md")] == before
+    assert not leftovers(copied)
+
+
 def test_a_folder_of_data_is_known_by_its_files(tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "1.png").write_bytes(b"one")
