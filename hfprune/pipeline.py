@@ -1,9 +1,9 @@
 """run(recipe): the whole walk, resumable; every step leaves its artefact in the run's folder.
 
 A step is done when its artefact is there and was made under the same key, a hash of the recipe
-sections that it and the steps before it read. Change the budget and the dense model and its scores
-are kept; kill a run and the next one goes on where it stopped. Artefacts are written under a
-temporary name and renamed, so there are no half ones.
+sections and the files that it and the steps before it read. Change the budget and the dense model
+and its scores are kept; kill a run and the next one goes on where it stopped. Artefacts are written
+under a temporary name and renamed, so there are no half ones.
 
 Several processes (`accelerate launch`, `torchrun`) walk together. What to do is decided by the
 first, which alone writes; all meet after every step.
@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ import yaml
 from hfprune.data import Batches
 from hfprune.errors import CheckpointError, HfpruneError, RecipeError, unknown
 from hfprune.evaluation.hardware import metered
-from hfprune.files import why_unwritable, write_whole
+from hfprune.files import sha256_of, why_unwritable, write_whole
 from hfprune.processes import Processes, launched
+from hfprune.publishing.parcel import belongs
 from hfprune.publishing.report import Report
 from hfprune.recipe import SPLITS, Recipe
 from hfprune.steps import DONE, Step, Steps, checkpoints_of, steps_done
@@ -143,15 +144,19 @@ class _Run:
         return report
 
     def _key(self, step: Step, before: str) -> str:
-        """Hash of what decides an artefact: the recipe's values, and the data files."""
-        contents = self._contents() if "data" in step.reads else []
+        """Hash of what decides an artefact: the recipe's values, and the files that they name."""
+        contents = [_digest(Path(file)) for file in self._files(step)]
+        if "model" in step.reads and Path(self.recipe.model).is_dir():
+            contents.append(_digest_of_model(Path(self.recipe.model), self.recipe.gguf_file))
         text = json.dumps([before, step.artefact, step.reads, contents])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def _contents(self) -> list[str]:
-        """Hashes of the data files: edited sentences are other sentences."""
-        files = [] if self.recipe.data.dataset else [getattr(self.recipe.data, s) for s in SPLITS]
-        return [_digest(Path(file)) for file in files]
+    def _files(self, step: Step) -> list[str]:
+        """The data files that a step reads: edited sentences are other sentences."""
+        if self.recipe.data.dataset:
+            return []
+        files = [getattr(self.recipe.data, s) for s in SPLITS] if "data" in step.reads else []
+        return files + (list(self.recipe.measure.also.values()) if "measure" in step.reads else [])
 
     def _make(self, step: Step, key: str) -> float:
         """Write an artefact under a temporary name, then rename it into place; in seconds."""
@@ -212,10 +217,19 @@ class _Run:
 def _digest(path: Path) -> str:
     """Hash of a file, or of all files of a folder and their names."""
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    inside = sorted(p for p in path.rglob("*") if p.is_file())
-    names = [f"{p.relative_to(path).as_posix()} {_digest(p)}" for p in inside]
+        return sha256_of(path)
+    return _digest_of_all(path, (p for p in path.rglob("*") if p.is_file()))
+
+
+def _digest_of_model(folder: Path, gguf_file: str | None) -> str:
+    """Hash of what is read of a model's folder, and of nothing that training left beside it."""
+    weights = {folder / gguf_file} if gguf_file else set(folder.glob("pytorch_model*.bin"))
+    files = {p for p in folder.iterdir() if p.is_file() and belongs(p.name)}
+    return _digest_of_all(folder, weights | files)
+
+
+def _digest_of_all(folder: Path, files: Iterable[Path]) -> str:
+    names = [f"{p.relative_to(folder).as_posix()} {sha256_of(p)}" for p in sorted(files)]
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 

@@ -372,6 +372,42 @@ def test_an_impossible_budget_leaves_what_was_finished(copied):
     assert {"dense", "scores"} <= set(done_before(said))
 
 
+def test_files_that_changed_are_read_again(copied, tmp_path):
+    """Data that are judged besides are read by the report only, and the model by everything."""
+    other = write(tmp_path, dev=sentences(8, 3)).dev
+    also = changed(copied, "measure", also={"other": other})
+    before = keys(also)
+    write(tmp_path, dev=sentences(8, 4))
+    assert differ(before, keys(also)) == ["report.json", "report.html"]
+    folder = tmp_path / "model"
+    shutil.copytree(copied.model, folder)
+    of_copy = dataclasses.replace(also, model=str(folder))
+    before = keys(of_copy)
+    (folder / "optimizer.pt").touch()
+    (folder / "config.json").touch()
+    assert keys(of_copy) == before
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    assert differ(before, keys(of_copy)) == list(STEPS)
+    of_gguf = dataclasses.replace(of_copy, gguf_file="model.gguf")
+    (folder / "model.gguf").write_bytes(b"one")
+    before = keys(of_gguf)
+    (folder / "model.gguf").write_bytes(b"two")
+    assert differ(before, keys(of_gguf)) == list(STEPS)
+
+
+def keys(recipe):
+    """What a run would make every artefact under."""
+    run, key, found = pipeline._Run(recipe, str, Processes()), "", {}
+    for step in run.steps.listed():
+        found[step.artefact] = key = run._key(step, key)
+    return found
+
+
+def differ(before, after):
+    return [artefact for artefact, key in before.items() if after[artefact] != key]
+
+
 def test_what_other_recipes_left_half_made_goes(copied):
     other = changed(copied, "prune", budget="macs=60%")
     for name in ("plan.json", "pruned", "distilled-checkpoints"):

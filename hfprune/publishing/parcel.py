@@ -161,7 +161,7 @@ def parcel_of(model: Path, beside: Path, papers: Path) -> Parcel:
     left_out = []
     for path in sorted(p for p in model.rglob("*") if p.is_file()):
         inside = path.relative_to(model).as_posix()
-        if _belongs(inside):
+        if belongs(inside):
             files[inside] = path
         elif inside not in (CARD, RECORD) and not (report and _reports(inside)):
             left_out.append(inside)
@@ -194,7 +194,7 @@ def parcel_of(model: Path, beside: Path, papers: Path) -> Parcel:
     )
 
 
-def _belongs(name: str) -> bool:
+def belongs(name: str) -> bool:
     """Whether a file of a model's folder is part of the model: no pickles, no hidden files."""
     path = Path(name)
     if any(part.startswith(".") for part in path.parts) or name in _NOT_MODEL or _reports(name):
