@@ -176,6 +176,9 @@ def test_push_says_what_it_would_upload(run, tmp_path):
     assert status == 2 and "HF_HUB_OFFLINE" in err
     status, _, err = run("push", tmp_path / "nothing", "me/small")
     assert status == 2 and one_line(err)
+    status, _, err = run("push", small, "bad name!", "--dry-run", tmp_path / "other")
+    assert status == 2 and one_line(err) and "'bad name!' names no repository" in err
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow

@@ -53,6 +53,20 @@ def told(doing: str) -> Iterator[None]:
         ) from error
 
 
+def check_name(repo_id: str) -> None:
+    """Refuse what is no name of a repository, before anything is made of it.
+
+    Raises:
+        PublishError: says what is wrong with it.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise PublishError(f"{repo_id!r} names no repository: {error} Give owner/name.") from error
+
+
 class Client:
     """The Hub, as one token sees it."""
 
@@ -74,9 +88,6 @@ class Client:
 
     def target(self, repo_id: str, create_pr: bool) -> str:
         """The full name of the repository, if the token may write there."""
-        from huggingface_hub.utils import validate_repo_id
-
-        validate_repo_id(repo_id)
         account = self._account
         token = account.get("auth", {}).get("accessToken", {})
         if token.get("role") == "read":

@@ -22,7 +22,7 @@ from hfprune.errors import PublishError, unknown
 from hfprune.importance.scores import Scores
 from hfprune.planning.budget import Budget
 from hfprune.planning.plan import PruningPlan
-from hfprune.publishing.client import MAIN, Client, told
+from hfprune.publishing.client import MAIN, Client, check_name, told
 from hfprune.publishing.hub import Published, Terms, prepare, send, tell, write
 from hfprune.publishing.page import write_page
 from hfprune.publishing.parcel import REPORT, Parcel, parcel_of, report_of, result_of
@@ -90,6 +90,8 @@ def publish_family(
         places = {member.size: (repo_id, member.size) for member in members}
         places[MAIN] = (repo_id, MAIN)
         members.append(Member(members[-1].name, MAIN))
+    for name, _ in places.values():
+        check_name(name)
     with ExitStack() as stack:
         parcels = {m.size: stack.enter_context(_packed(folder, m.name)) for m in members}
         tell(

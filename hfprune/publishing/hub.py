@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from hfprune.errors import CheckpointError, PublishError
 from hfprune.publishing.card import card
-from hfprune.publishing.client import MAIN, Client, There, digest, left_over, same, told
+from hfprune.publishing.client import MAIN, Client, There, check_name, digest, left_over, same, told
 from hfprune.publishing.parcel import CARD, Parcel, packed, record, recorded, write_out
 from hfprune.publishing.reload import WAYS, reload_and_compare
 from hfprune.publishing.secrets import refuse_secrets
@@ -84,13 +84,14 @@ def publish(
         say: where progress goes, line by line.
 
     Raises:
-        PublishError: no token or one that may not write, a name that belongs to another, commits
-            that this was not made from, offline mode, a restricted base; or the upload failed, or
-            what came down differs.
+        PublishError: no token or one that may not write, a name that no repository can have or that
+            belongs to another, commits that this was not made from, offline mode, a restricted
+            base; or the upload failed, or what came down differs.
         HfpruneError: a file holds what looks like a secret.
     """
     if create_pr and revision not in (None, MAIN):
         raise PublishError("A pull request goes to the main branch; give no revision with it.")
+    check_name(repo_id)
     terms = Terms(private, create_pr, parent_commit, license, verify, say)
     branch = revision or MAIN
     with packed(source, processor) as parcel:

@@ -89,6 +89,8 @@ def test_a_dry_run_writes_a_folder_for_each_size(hub, run, tmp_path, monkeypatch
     assert {path.name for path in (tmp_path / "dry").iterdir()} == {*SIZES, "main"} == done.keys()
     for size, name in SIZES.items():
         assert weights(tmp_path / "dry" / size) == weights(run / name)
+    with pytest.raises(PublishError, match="'bad name!' names no repository"):
+        quietly(run, "bad name!", dry_run=tmp_path / "other")
     assert not hub.log
 
 
