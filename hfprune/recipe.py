@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hfprune.errors import RecipeError, unknown
+from hfprune.errors import CheckpointError, RecipeError, unknown
 
 if TYPE_CHECKING:
     from hfprune.planning.budget import Budget
@@ -283,9 +283,14 @@ class Recipe:
         """
         from hfprune.importance.criteria import criterion_named
         from hfprune.planning.budget import Budget
+        from hfprune.structure.checkpoint import refuse_nowhere
         from hfprune.tasks import task_named
 
         task = task_named(self.task)
+        try:
+            refuse_nowhere(self.model)
+        except CheckpointError as error:
+            raise RecipeError(f"model: {error}") from error
         rounds = [Budget.parse(budget) for budget in self.prune.budgets]
         if not rounds:
             raise RecipeError("prune.budget must hold one budget at least.")

@@ -265,6 +265,16 @@ def test_what_is_not_there_is_one_line(run, model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_is_nowhere_is_told_as_such(run, recipe):
+    for arguments in (
+        ("inspect", "./nope"),
+        ("check", edited(recipe, yaml.safe_load(recipe.read_text())["model"], "./nope")),
+    ):
+        status, _, err = run(*arguments)
+        assert status == 2 and one_line(err)
+        assert "There is no folder ./nope, and it is no Hub id" in err
+
+
 def test_a_file_that_is_something_else_is_one_line(run, model, tmp_path):
     plan = tmp_path / "plan.json"
     for text in ("", "{", "{}", "[1]"):

@@ -276,6 +276,15 @@ def test_missing_keys_are_named(values, tmp_path):
         load(values, tmp_path)
 
 
+@pytest.mark.parametrize("model", ["./nope", "/nope", "two/or/three"])
+def test_a_model_that_is_nowhere_is_named(model, values, tmp_path):
+    message = rf"^model: There is no folder {model}, and it is no Hub id\. Give"
+    with pytest.raises(RecipeError, match=message):
+        load(put(values, "model", model), tmp_path)
+    (tmp_path / "local models").mkdir()
+    load(put(values, "model", str(tmp_path / "local models")), tmp_path)
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_missing_files_are_named(split, values, tmp_path):
     os.remove(values["data"][split])

@@ -309,6 +309,25 @@ def _describe(module: nn.Module) -> tuple[dict[str, list[int]], dict[str, int]]:
     return shapes, attrs
 
 
+def refuse_nowhere(model_id: str | os.PathLike[str]) -> None:
+    """Refuse what is no folder and cannot be a Hub id: the Hub's client speaks of the id alone.
+
+    Raises:
+        CheckpointError: says so.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if os.path.exists(model_id):
+        return
+    try:
+        validate_repo_id(os.fspath(model_id))
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"There is no folder {model_id}, and it is no Hub id. Give the folder of a model, or an"
+            " id such as owner/name."
+        ) from error
+
+
 def from_pretrained(
     model_id: str | os.PathLike[str],
     auto_class: type | None = None,
@@ -325,9 +344,10 @@ def from_pretrained(
             to load (`dtype`, `device_map`, ...); without `config` and `output_loading_info`.
 
     Raises:
-        CheckpointError: the files are damaged, or the structure is from a newer version; tensors
-            are missing or left over; or `ignore_mismatched_sizes` was asked for, which would fill
-            pruned layers with random weights.
+        CheckpointError: the name is of no folder and no Hub id; the files are damaged, or the
+            structure is from a newer version; tensors are missing or left over; or
+            `ignore_mismatched_sizes` was asked for, which would fill pruned layers with random
+            weights.
         HfpruneError: an argument that this function does not take.
         OSError: there is no such model, or a file of it is missing.
     """
@@ -339,6 +359,7 @@ def from_pretrained(
     for name, instead in NOT_TAKEN.items():
         if name in kwargs:
             raise HfpruneError(f"from_pretrained does not take {name}: {instead}.")
+    refuse_nowhere(model_id)
     where = {name: kwargs[name] for name in WHERE if name in kwargs}
     config, options = _read_config(model_id, kwargs)
     try:
