@@ -50,8 +50,14 @@ def inspect(model: Model) -> None:
 
 @app.command()
 def score(recipe: RecipeFile) -> None:
-    """Score heads and neurons as a recipe says; the scores are in `scores` in its output folder."""
-    _walk(recipe, "scores")
+    """Score the dense model's heads and neurons as a recipe says; the scores are in `scores` in its
+    output folder, of a recipe of several budgets in `round-1/scores`.
+    """
+    from hfprune.recipe import Recipe
+    from hfprune.rounds import Round
+
+    made = Recipe.load(recipe)
+    _walk(made, Round.of(made)[0].path("scores"))
 
 
 @app.command()

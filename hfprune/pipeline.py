@@ -52,8 +52,8 @@ def run(
         recipe: a Recipe or a YAML file.
         say: where progress goes, line by line; of several processes, only the first says it.
         until: the last artefact to make ("scores", "plan.json", ...; of several rounds, the last
-            round's), or "start", what distillation starts from, or "result", what it ends with;
-            None for all, with a report.
+            round's, and another's by its path, "round-1/scores"), or "start", what distillation
+            starts from, or "result", what it ends with; None for all, with a report.
 
     Returns:
         The report; None if it was not asked for, and to all processes but the first.
@@ -131,6 +131,7 @@ class _Run:
         """The artefact that `until` means."""
         final = self.steps.rounds[-1]
         names = {Path(step.artefact).name: step.artefact for step in steps}
+        names |= {step.artefact: step.artefact for step in steps}
         names |= {"start": final.path(final.start), "result": final.path(final.result)}
         if until not in names:
             raise HfpruneError(unknown("artefact", until, names))

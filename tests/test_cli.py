@@ -10,7 +10,10 @@ import tiny
 import torch
 import yaml
 from test_data import sentences, tiny_tokenizer, write
-from transformers import FNetConfig, FNetModel
+from transformers import (
+    FNetConfig,
+    FNetModel,
+)
 
 from hfprune import cli
 from hfprune.importance.scores import Scores
@@ -143,6 +146,17 @@ def test_score_plan_and_remove(run, recipe, model, tmp_path):
     assert status == 2 and "cannot hold fewer heads" in err
     status, _, err = run("plan", model, scores, "macs=60%", "--experts", 2)
     assert status == 2 and "has no routed experts" in err
+
+
+def test_score_stops_at_the_scores_of_the_first_round(run, recipe, tmp_path):
+    edited(recipe, "measure:", "prune: {budget: [macs=80%, macs=60%]}\nmeasure:")
+    assert run("score", recipe)[0] == 0
+    assert Scores.load(tmp_path / "run" / "round-1" / "scores").moments
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "dense",
+        "round-1",
+        "steps.json",
+    }
 
 
 def test_plan_by_a_latency_table(run, recipe, model, tmp_path):
