@@ -81,6 +81,8 @@ def plan(
     ],
     output: Annotated[Path, typer.Option(help="Where the plan is written.")] = Path("plan.json"),
     criterion: Annotated[str, typer.Option(help="By which importance.")] = "reconstruction",
+    min_heads: Annotated[int, typer.Option(help="Heads that every attention keeps.")] = 1,
+    min_neurons: Annotated[int, typer.Option(help="Neurons that every FFN keeps.")] = 1,
     round_to: Annotated[int, typer.Option(help="FFN widths are multiples of this.")] = 1,
     uniform: Annotated[bool, typer.Option(help="All layers alike: a stock model.")] = False,
     protect: Annotated[
@@ -88,30 +90,45 @@ def plan(
     ] = None,
     layers: Annotated[int | None, typer.Option(help="How many layers stay.")] = None,
     experts: Annotated[int | None, typer.Option(help="How many experts a layer keeps.")] = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Tokens of the example whose MACs count, else as calibrated; one for each stack.",
+        ),
+    ] = None,
     latency: Annotated[
         Path | None, typer.Option(help="Table that `hfprune latency` wrote; else measured now.")
     ] = None,
 ) -> None:
     """Plan what stays under a budget, and explain it."""
+    from hfprune.errors import HfpruneError
     from hfprune.importance.scores import Scores
+    from hfprune.planning.budget import Budget
     from hfprune.planning.constraints import Constraints
     from hfprune.planning.latency import LatencyTable
     from hfprune.planning.solve import plan as plan_under
     from hfprune.structure.checkpoint import from_pretrained
 
+    # All that can be wrong is read before the model, which may take minutes.
+    limits = Budget.parse(budget)
+    constraints = Constraints(
+        min_heads,
+        min_neurons,
+        round_to,
+        uniform=uniform,
+        protect=tuple(protect or ()),
+        layers=layers,
+        experts=experts,
+    )
+    if output.is_dir():
+        raise HfpruneError(f"{output} is a folder; give --output the name of a file.")
+    table = LatencyTable.load(latency) if latency else None
+    scored = Scores.load(scores)
+    scored.by(criterion)
+    lengths = tokens[0] if tokens and len(tokens) == 1 else tokens or None
     made = plan_under(
-        from_pretrained(model),
-        Scores.load(scores),
-        budget,
-        criterion,
-        Constraints(
-            round_to=round_to,
-            uniform=uniform,
-            protect=tuple(protect or ()),
-            layers=layers,
-            experts=experts,
-        ),
-        latency=LatencyTable.load(latency) if latency else None,
+        from_pretrained(model), scored, limits, criterion, constraints, lengths, table
     )
     made.save(output)
     typer.echo(f"{made.explain()}\nWritten to {output}.")
@@ -121,15 +138,16 @@ def plan(
 def latency(
     model: Model,
     output: Annotated[Path, typer.Argument(help="Where the table is written.")],
-    batch_size: Annotated[int, typer.Option(help="Examples that run at once.")] = 1,
-    tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; by default all.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples that run at once.")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 128,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default all.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each; medians count.")] = 15,
 ) -> None:
     """Measure on this machine where a model's time goes, for budgets of latency."""
     from hfprune.planning.latency import measure_latency
     from hfprune.structure.checkpoint import from_pretrained
 
-    measure_latency(from_pretrained(model), batch_size, tokens, threads).save(output)
+    measure_latency(from_pretrained(model), batch_size, tokens, threads, repeats).save(output)
     typer.echo(f"The latency table is in {output}: use it by --latency, @{batch_size}x{tokens}.")
 
 

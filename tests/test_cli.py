@@ -20,6 +20,7 @@ from hfprune.importance.scores import Scores
 from hfprune.importance.scoring import score
 from hfprune.planning.plan import PruningPlan
 from hfprune.pruning import remove
+from hfprune.structure import checkpoint
 from hfprune.structure.checkpoint import from_pretrained
 
 COMMANDS = {
@@ -157,6 +158,55 @@ def test_score_stops_at_the_scores_of_the_first_round(run, recipe, tmp_path):
         "round-1",
         "steps.json",
     }
+
+
+@pytest.fixture(scope="module")
+def planned(model, tmp_path_factory):
+    """Files of a plan and of scores for the model."""
+    loaded = from_pretrained(model)
+    plan = saved.plan_of(loaded)
+    folder = tmp_path_factory.mktemp("planned")
+    plan.save(folder / "plan.json")
+    saved.scores_of(plan).save(folder / "scores")
+    return folder
+
+
+def test_plan_keeps_what_it_is_told_and_counts_as_it_is_told(run, model, planned, tmp_path):
+    plan = tmp_path / "plan.json"
+    options = ["--criterion", "fisher", "--min-heads", 4, "--min-neurons", 7, "--tokens", 5]
+    budget = "macs=85%"
+    status, _, err = run("plan", model, planned / "scores", budget, *options, "--output", plan)
+    assert status == 0, err
+    made = PruningPlan.load(plan)
+    heads = {len(made.keep[g.name]) for g in made.anatomy if g.kind == "head"}
+    neurons = {len(made.keep[g.name]) for g in made.anatomy if g.kind == "neuron"}
+    assert heads == {4} and min(neurons) >= 7 and made.tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("budget", "options", "message"),
+    [
+        ("half", [], "Cannot read the budget"),
+        ("macs=50%", ["--criterion", "fischer"], "Did you mean 'fisher'"),
+        ("macs=50%", ["--criterion", "taylor"], "Unknown criterion 'taylor'"),
+        ("macs=50%", ["--round-to", 0], "round_to 1 or more"),
+        ("macs=50%", ["--latency", "nowhere.json"], "nowhere.json is not a latency table"),
+        ("macs=50%", ["--output", "."], ". is a folder; give --output the name of a file"),
+    ],
+)
+def test_plan_looks_at_what_is_small_before_the_model(
+    budget, options, message, run, model, planned, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "from_pretrained", lambda _: pytest.fail("the model is loaded"))
+    options = ["--criterion", "fisher", *options]
+    status, _, err = run("plan", model, planned / "scores", budget, *options)
+    assert status == 2 and one_line(err) and message in err
+
+
+@pytest.mark.parametrize("option", ["--batch-size", "--tokens", "--threads", "--repeats"])
+def test_latency_is_of_one_at_least(option, run, model, tmp_path):
+    status, _, err = run("latency", model, tmp_path / "table.json", option, 0)
+    assert status == 2 and option in err and not (tmp_path / "table.json").exists()
 
 
 def test_plan_by_a_latency_table(run, recipe, model, tmp_path):
