@@ -178,6 +178,7 @@ def remove(
 
 @app.command()
 def push(
+    context: typer.Context,
     source: Annotated[Path, typer.Argument(help="Folder of a run, or of a pruned model.")],
     repo: Annotated[str, typer.Argument(help="Where on the Hub: owner/name.")],
     private: Annotated[
@@ -208,7 +209,7 @@ def push(
     if rehearse:
         from hfprune.publishing.rehearsal import rehearse_push
 
-        status = rehearse_push([a for a in sys.argv[1:] if a != "--rehearse"], source, repo)
+        status = rehearse_push([a for a in context.obj if a != "--rehearse"], source, repo)
         raise SystemExit(status)
     from hfprune.errors import HfpruneError
     from hfprune.publishing.family import publish_family
@@ -297,8 +298,9 @@ def main(arguments: list[str] | None = None) -> None:
     """
     from hfprune.errors import HfpruneError
 
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        app(arguments)
+        app(given, obj=given)
     except (HfpruneError, OSError) as error:  # OSError: a model or file that is not there
         typer.echo(f"hfprune: {' '.join(str(error).split())}", err=True)
         raise SystemExit(2) from error

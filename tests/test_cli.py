@@ -20,6 +20,7 @@ from hfprune.importance.scores import Scores
 from hfprune.importance.scoring import score
 from hfprune.planning.plan import PruningPlan
 from hfprune.pruning import remove
+from hfprune.publishing import rehearsal
 from hfprune.structure import checkpoint
 from hfprune.structure.checkpoint import from_pretrained
 
@@ -243,6 +244,16 @@ def test_push_says_what_it_would_upload(run, tmp_path):
     status, _, err = run("push", small, "bad name!", "--dry-run", tmp_path / "other")
     assert status == 2 and one_line(err) and "'bad name!' names no repository" in err
     assert not (tmp_path / "other").exists()
+
+
+def test_a_rehearsal_is_of_the_arguments_that_were_given(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(rehearsal, "rehearse_push", lambda *given: told.append(given) or 0)
+    arguments = ["push", str(tmp_path), "me/small", "--private"]
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*arguments, "--rehearse"])
+    assert caught.value.code == 0
+    assert told == [(arguments, tmp_path, "me/small")]
 
 
 @pytest.mark.slow
