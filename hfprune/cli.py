@@ -161,18 +161,30 @@ def remove(
         typer.Option(help="Folder of scores with moments: refit what stays by them."),
     ] = None,
 ) -> None:
-    """Remove what a plan drops and save the smaller model, verified."""
-    from hfprune.errors import HfpruneError
+    """Remove what a plan drops and save the smaller model, verified, with the model's processor."""
+    from hfprune.errors import CheckpointError, HfpruneError
+    from hfprune.files import whole_folder
     from hfprune.importance.scores import Scores
     from hfprune.planning.plan import PruningPlan
     from hfprune.pruning import remove as remove_units
-    from hfprune.structure.checkpoint import from_pretrained
+    from hfprune.structure.checkpoint import from_pretrained, refuse_nowhere
+    from hfprune.structure.modeling_hfprune import StructureError
+    from hfprune.tasks import processor_of
 
     if output.exists():
         raise HfpruneError(f"{output} exists; choose a folder that does not.")
     kept = PruningPlan.load(plan)
     by = None if scores is None else Scores.load(scores)
-    remove_units(from_pretrained(model), kept, compensate=by).save_pretrained(output)
+    refuse_nowhere(model)
+    processor = processor_of(model)
+    smaller = remove_units(from_pretrained(model), kept, compensate=by)
+    try:
+        with whole_folder(output) as folder:
+            smaller.save_pretrained(folder)
+            if processor is not None:
+                processor.save_pretrained(folder)
+    except StructureError as error:
+        raise CheckpointError(f"{output} was not written: {error}") from error
     typer.echo(f"The smaller model is in {output}; it was reloaded and compared.")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfprune import examples
 from hfprune.data import Batches, Collate, Row
-from hfprune.errors import RecipeError, unknown
+from hfprune.errors import HfpruneError, RecipeError, unknown
 from hfprune.evaluation.evaluate import (
     Quality,
     evaluate_classification,
@@ -92,6 +92,49 @@ class Task:
         """The metric that chooses, as a Trainer asks for it."""
         assert self.metric is not None
         return {self.chosen_by: self.metric(prediction)}
+
+
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+_TOKENIZER_FILES = (
+    *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "spiece.model"),
+    *("vocab.json", "vocab.txt"),
+)
+
+
+def processor_of(model: str) -> Processor | None:
+    """The processor beside a model, of whatever task: its tokenizer, or what reads images or sound;
+    None if there is none, where transformers would make up a tokenizer.
+
+    Args:
+        model: a folder or a Hub id.
+
+    Raises:
+        HfpruneError: it is there and cannot be loaded.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        if _holds(model, _PROCESSOR_FILES):
+            return AutoProcessor.from_pretrained(model, trust_remote_code=False)
+        if _holds(model, _TOKENIZER_FILES):
+            return TASKS["text-generation"].load_processor(model, trust_remote_code=False)
+    except (ImportError, OSError, ValueError) as error:
+        raise HfpruneError(
+            f"The processor of {model} cannot be loaded: {error} Install what it needs, or give a"
+            " folder of the model without it."
+        ) from error
+    return None
+
+
+def _holds(model: str, names: Sequence[str]) -> bool:
+    """Whether one of these files is in a folder, or in a repository as far as it can be reached."""
+    from transformers.utils.hub import cached_file
+
+    quiet = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    return any(cached_file(model, name, **quiet) for name in names)
 
 
 def task_named(name: str) -> Task:

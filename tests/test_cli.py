@@ -11,8 +11,11 @@ import torch
 import yaml
 from test_data import sentences, tiny_tokenizer, write
 from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
     FNetConfig,
     FNetModel,
+    ViTImageProcessorPil,
 )
 
 from hfprune import cli
@@ -21,8 +24,9 @@ from hfprune.importance.scoring import score
 from hfprune.planning.plan import PruningPlan
 from hfprune.pruning import remove
 from hfprune.publishing import rehearsal
-from hfprune.structure import checkpoint
+from hfprune.structure import checkpoint, modeling_hfprune
 from hfprune.structure.checkpoint import from_pretrained
+from hfprune.structure.modeling_hfprune import StructureError
 
 COMMANDS = {
     *("distill", "prune", "run", "inspect", "score", "latency", "plan", "remove", "push", "check")
@@ -208,6 +212,43 @@ def test_plan_looks_at_what_is_small_before_the_model(
 def test_latency_is_of_one_at_least(option, run, model, tmp_path):
     status, _, err = run("latency", model, tmp_path / "table.json", option, 0)
     assert status == 2 and option in err and not (tmp_path / "table.json").exists()
+
+
+def test_remove_keeps_the_tokenizer_if_there_is_one(run, model, planned, tmp_path):
+    bare, small, other = tmp_path / "bare", tmp_path / "small", tmp_path / "other"
+    assert run("remove", model, planned / "plan.json", small)[0] == 0
+    given, kept = (AutoTokenizer.from_pretrained(folder) for folder in (model, small))
+    assert kept("good film").input_ids == given("good film").input_ids
+    from_pretrained(model).save_pretrained(bare)
+    assert run("remove", bare, planned / "plan.json", other)[0] == 0
+    assert not list(other.glob("*token*"))
+    (bare / "tokenizer.json").write_text("{")
+    status, _, err = run("remove", bare, planned / "plan.json", tmp_path / "third")
+    assert status == 2 and one_line(err) and f"The processor of {bare} cannot be loaded" in err
+
+
+def test_remove_keeps_what_reads_images(run, tmp_path):
+    model, plan, small = tmp_path / "vit", tmp_path / "plan.json", tmp_path / "small"
+    dense = tiny.model("vit")
+    dense.save_pretrained(model)
+    ViTImageProcessorPil(size={"height": 24, "width": 24}).save_pretrained(model)
+    saved.plan_of(dense).save(plan)
+    assert run("remove", model, plan, small)[0] == 0
+    assert AutoImageProcessor.from_pretrained(small).size["height"] == 24
+
+
+@pytest.mark.parametrize("error", [StructureError("of other outputs"), KeyboardInterrupt()])
+def test_remove_leaves_all_or_nothing(error, run, model, planned, tmp_path, monkeypatch):
+    def stops(saved, reloaded):
+        raise error
+
+    arguments = ("remove", model, planned / "plan.json", tmp_path / "small")
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_hfprune, "compare", stops)
+        status, _, err = run(*arguments)
+    assert status == 130 or (status == 2 and err.endswith(f"was not written: {error}\n"))
+    assert not list(tmp_path.iterdir())
+    assert run(*arguments)[0] == 0
 
 
 def test_plan_by_a_latency_table(run, recipe, model, tmp_path):
