@@ -120,7 +120,8 @@ def padding_mask(
 
 
 def _mask(batch: Batch, reads: Reads) -> torch.Tensor | None:
-    if reads == "images":
+    only_images = "pixel_values" in batch and "input_ids" not in batch
+    if reads == "images" or only_images:
         return batch.get("pixel_attention_mask")
     if reads == "inputs":
         return batch.get("attention_mask")

@@ -139,13 +139,17 @@ def test_each_tower_has_a_padding_of_its_own():
     batch["attention_mask"][1, 6:] = 0
     assert score(model, [batch], ["fisher"], matches).tokens == (11.5, 17)
 
-    model = tiny.model("siglip2")
-    batch = tiny.batch(model) | {"spatial_shapes": torch.tensor([[2, 4], [2, 4]])}
-    batch["pixel_attention_mask"] = batch["pixel_attention_mask"].clone()
-    batch["pixel_attention_mask"][:, 8:] = 0
-    padded = score(model, [batch], ["activation"], matches)
-    bare = batch | {n: batch[n][:, :8] for n in ("pixel_values", "pixel_attention_mask")}
-    assert_same(padded, score(model, [bare], ["activation"], matches), rtol=1e-5, atol=1e-9)
+    def size(model, batch):
+        return model(**batch).pooler_output.square().sum()
+
+    for family, loss in (("siglip2", matches), ("siglip2_vision_model", size)):
+        model = tiny.model(family)
+        batch = tiny.batch(model) | {"spatial_shapes": torch.tensor([[2, 4], [2, 4]])}
+        batch["pixel_attention_mask"] = batch["pixel_attention_mask"].clone()
+        batch["pixel_attention_mask"][:, 8:] = 0
+        padded = score(model, [batch], ["activation"], loss)
+        bare = batch | {n: batch[n][:, :8] for n in ("pixel_values", "pixel_attention_mask")}
+        assert_same(padded, score(model, [bare], ["activation"], loss), rtol=1e-5, atol=1e-9)
 
 
 def test_padding_of_sound_is_that_of_its_features():
