@@ -65,7 +65,7 @@ def by_example(model: PreTrainedModel, batch: Batch, values: torch.Tensor) -> to
     examples = examples_in(batch)
     if values.dim() == 3 and len(values) == examples:
         return values
-    if values.dim() == 3 and values.shape[1] == examples:
+    if values.dim() == 3 and values.shape[1] == examples > 1:
         raise DataError(
             "A layer of this model takes tokens before examples (mlcd_vision_model): give batches"
             " of one example."

@@ -108,6 +108,18 @@ def test_images_of_unlike_sizes_are_refused():
         score(model, [one_image], ["taylor"])
 
 
+def test_tokens_before_examples_are_refused():
+    model = tiny.model("mlcd_vision_model")
+
+    def size(model, batch):
+        return model(**batch).pooler_output.square().sum()
+
+    pair = tiny.batch(model)
+    with pytest.raises(DataError, match="tokens before examples"):
+        score(model, [pair], ["fisher"], size)
+    assert score(model, [example(pair, i) for i in range(2)], ["fisher"], size).examples == 2
+
+
 def test_a_classifiers_labels_may_have_a_dimension_more():
     model = tiny.model("bert", "AutoModelForSequenceClassification")
     batch = tiny.batch(model) | {"labels": torch.tensor([0, 1])}
