@@ -22,13 +22,13 @@ def digest(model: PreTrainedModel, anatomy: Anatomy) -> str:
 
     "" of weights that are not all here, sharded or offloaded: not every process may be asking.
     """
-    held = [p for group in anatomy for p in outlet_of(model, group).parameters()]
-    if any(isinstance(parameter, DTensor) or parameter.is_meta for parameter in held):
-        return ""
     found = 0
     for group in anatomy:
-        rows = outlet_rows(model, group).flatten()
-        some = rows[:: max(1, len(rows) // _LOOKED_AT)].to("cpu", torch.bfloat16).contiguous()
+        weight = outlet_of(model, group).get_parameter("weight").detach()
+        if isinstance(weight, DTensor) or weight.is_meta:
+            return ""
+        values = weight.flatten()
+        some = values[:: max(1, len(values) // _LOOKED_AT)].to("cpu", torch.bfloat16).contiguous()
         found = zlib.crc32(some.view(torch.uint8).numpy().tobytes(), found)
     return f"{found:08x}"
 
