@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_UNWRITABLE = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
-    *(errno.EROFS, errno.EACCES, errno.EPERM),
-}
+_OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_OF_READING_TOO = {errno.EACCES, errno.EPERM, errno.EIO}
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
@@ -57,7 +55,8 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 def why_unwritable(error: BaseException, folder: str | os.PathLike[str]) -> str | None:
     """Why a file in a folder could not be written; None if that is not what the error is about."""
     if isinstance(error, OSError):
-        return error.strerror if error.errno in _UNWRITABLE and _in(folder, error) else None
+        there = error.errno in _OF_READING_TOO and _in(folder, error)
+        return error.strerror if there or error.errno in _OF_WRITING else None
     text = str(error).partition("\n")[0]
     # safetensors and torch.save tell of the system's errors in their own.
     if "inline_container.cc" in text and "unexpected pos" in text:
@@ -67,9 +66,10 @@ def why_unwritable(error: BaseException, folder: str | os.PathLike[str]) -> str 
 
 def _in(folder: str | os.PathLike[str], error: OSError) -> bool:
     """Whether an error is about a file in a folder, or does not say of which."""
-    if not isinstance(error.filename, str | os.PathLike):
+    named = error.filename2 or error.filename  # of a copy, the second is written
+    if not isinstance(named, str | os.PathLike):
         return True
-    return Path(error.filename).resolve().is_relative_to(Path(folder).resolve())
+    return Path(named).resolve().is_relative_to(Path(folder).resolve())
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
