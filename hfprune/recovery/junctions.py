@@ -87,7 +87,7 @@ def _as_stream(output: torch.Tensor, call: LayerCall, group: Group) -> torch.Ten
         raise DataError(
             f"{group.outlet} takes tokens before examples: give batches of one example."
         )
-    return output.view(call.hidden.shape)
+    return output.reshape(call.hidden.shape)
 
 
 def _scales(module: nn.Module, states: torch.Tensor) -> bool:
