@@ -31,13 +31,13 @@ Rows = dict[str, list[Any]]
 
 def labelled(splits: Splits, tokenizer: PreTrainedTokenizerBase, data: Data) -> dict[str, Dataset]:
     """Texts, or pairs of them, of a class each: input_ids, attention_mask, ... and labels."""
-    columns = [data.text] + ([data.text_pair] if data.text_pair else [])
-    _check_columns(splits, data, "text", *(["text_pair"] if data.text_pair else []), "label")
+    texts = ["text", "text_pair"] if data.text_pair else ["text"]
+    _check_columns(splits, data, *texts, "label")
     _check_classes(splits, data)
 
     def encode(rows: Rows) -> Rows:
         encoded = tokenizer(
-            *(rows[c] for c in columns), truncation=True, max_length=data.max_length
+            *(rows[getattr(data, t)] for t in texts), truncation=True, max_length=data.max_length
         )
         return {**encoded, "labels": rows[data.label]}
 

@@ -234,14 +234,12 @@ class Steps:
     @cached_property
     def also(self) -> dict[str, Batches]:
         """The batches of other kinds that models are judged on besides, by their names."""
-        data, size, field = self.recipe.data, self.recipe.score.batch_size, "measure.also."
-        loaded = load_named(data, self.recipe.measure.also, field.rstrip("."))
-        splits = {field + name: rows for name, rows in loaded.items()}  # errors name the field
+        data, size = self.recipe.data, self.recipe.score.batch_size
+        loaded = load_named(data, self.recipe.measure.also, "measure.also")
+        fields = {name: f"measure.also.{name}" for name in loaded}  # which errors name
+        splits = {fields[name]: rows for name, rows in loaded.items()}
         made = self.task.examples(splits, self.processor, data) if loaded else {}
-        return {
-            name.removeprefix(field): Batches(rows, self.collate, size)
-            for name, rows in made.items()
-        }
+        return {name: Batches(made[own], self.collate, size) for name, own in fields.items()}
 
     @property
     def training(self) -> Training:

@@ -42,12 +42,7 @@ from hfprune.importance.moments import MomentSums
 from hfprune.importance.reconstruction import Joint
 from hfprune.importance.scores import Scores
 from hfprune.importance.weights import digest, outlet_rows, weight_norms
-from hfprune.structure.anatomy import (
-    Anatomy,
-    Block,
-    Group,
-    is_offloaded,
-)
+from hfprune.structure.anatomy import Anatomy, Block, Group, is_offloaded
 
 P = ParamSpec("P")
 
@@ -108,7 +103,7 @@ def score(
     # The graph would hold every weight that was brought; computed again, a layer brings its own.
     offloaded = any(map(is_offloaded, model.modules()))
     again = recomputing(model) if checkpointing or offloaded else nullcontext()
-    device = torch.device("cpu") if model.device.type == "meta" else model.device
+    device = _device_of(model)
     watching = gathering.watch(anatomy)
     with frozen(model), uncached(model), watching, again, LeanCrossEntropy(), torch.enable_grad():
         shares = _shares(batches, total, model)
@@ -207,11 +202,16 @@ def _shares(
         yield index, batch, False
 
 
+def _device_of(model: PreTrainedModel) -> torch.device:
+    """Where a model reads its batches; an offloaded one brings its weights there."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
 def _own_precision(device: torch.device) -> torch.autocast:
     """No autocast while the context is open: sums are in float32 or wider, and some products are
     not defined of two precisions.
     """
-    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False)
 
 
 def _examples_at_once(activation: torch.Tensor) -> int:
@@ -281,9 +281,11 @@ class Gathering:
             yield
 
     def _unless_ignored(self, receive: Callable[P, None]) -> Callable[P, None]:
+        device = _device_of(self._model)  # once: it is looked for among the parameters
+
         def filtered(*args: P.args, **kwargs: P.kwargs) -> None:
             if not self._ignored:
-                with _own_precision(self._model.device):
+                with _own_precision(device):
                     receive(*args, **kwargs)
 
         return filtered

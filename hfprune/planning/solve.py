@@ -319,13 +319,11 @@ class _Account:
         limits = [n.of(int(all_)) for n, all_ in zip(budget.limits, dense, strict=True)]
         # What has no choice stays as it is: a stack that loses no heads shares its tables (t5).
         least = {own.group.name: own.units(0) if len(own.kv) == 1 else () for own in offers}
+        groups = [own.group for own in offers]
+        sizes = [(g, len(least[g.name]), len(g.kv_of(least[g.name]))) for g in groups]
         fixed = [
-            meter.of_all({**keep, **least})
-            - sum(
-                int(own.cost[0, n]) if len(own.kv) == 1 else meter.of_group(own.group, 0, 0)
-                for own in offers
-            )
-            for n, meter in enumerate(meters)
+            meter.of_all({**keep, **least}) - sum(meter.of_group(*size) for size in sizes)
+            for meter in meters
         ]
         return _Account(budget, meters, dense, np.array(limits), np.array(fixed))
 
