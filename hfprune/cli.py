@@ -162,13 +162,12 @@ def remove(
     ] = None,
 ) -> None:
     """Remove what a plan drops and save the smaller model, verified, with the model's processor."""
-    from hfprune.errors import CheckpointError, HfpruneError
+    from hfprune.errors import HfpruneError
     from hfprune.files import whole_folder
     from hfprune.importance.scores import Scores
     from hfprune.planning.plan import PruningPlan
     from hfprune.pruning import remove as remove_units
-    from hfprune.structure.checkpoint import from_pretrained, refuse_nowhere
-    from hfprune.structure.modeling_hfprune import StructureError
+    from hfprune.structure.checkpoint import from_pretrained, refuse_nowhere, save_with_processor
     from hfprune.tasks import processor_of
 
     if output.exists():
@@ -178,13 +177,8 @@ def remove(
     refuse_nowhere(model)
     processor = processor_of(model)
     smaller = remove_units(from_pretrained(model), kept, compensate=by)
-    try:
-        with whole_folder(output) as folder:
-            smaller.save_pretrained(folder)
-            if processor is not None:
-                processor.save_pretrained(folder)
-    except StructureError as error:
-        raise CheckpointError(f"{output} was not written: {error}") from error
+    with whole_folder(output) as folder:
+        save_with_processor(smaller, processor, folder)
     typer.echo(f"The smaller model is in {output}; it was reloaded and compared.")
 
 

@@ -22,13 +22,25 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         OSError: the path is a folder's, or the file cannot be written.
     """
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Within, a file is written under a temporary name beside it; it is renamed at the end, and
+    removed if that is not reached.
+
+    Raises:
+        OSError: the path is a folder's.
+    """
     target = Path(path)
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder; give the name of a file.")
     temporary = target.with_name(f"{target.name}.tmp")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)

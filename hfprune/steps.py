@@ -42,7 +42,7 @@ from hfprune.recipe import FREE, Recipe
 from hfprune.recovery.compensation import compensate
 from hfprune.rounds import Round, budget_on_given, constraints_on_given, in_all
 from hfprune.structure.anatomy import Anatomy
-from hfprune.structure.checkpoint import from_pretrained, remember_origin
+from hfprune.structure.checkpoint import from_pretrained, remember_origin, save_with_processor
 from hfprune.structure.cost import longest, tokens_of, written_tokens
 from hfprune.structure.fitness import forget_gguf
 from hfprune.tasks import Processor, task_named
@@ -301,8 +301,7 @@ class Steps:
     def save(self, model: PreTrainedModel, path: Path) -> None:
         """Write a model with its processor; only the first process does."""
         if self.processes.main:
-            model.save_pretrained(path)
-            self.processor.save_pretrained(path)
+            save_with_processor(model, self.processor, path)
 
     def make_dense(self, path: Path) -> None:
         """The dense model, which has learnt the task."""

@@ -246,7 +246,7 @@ def test_remove_leaves_all_or_nothing(error, run, model, planned, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(modeling_hfprune, "compare", stops)
         status, _, err = run(*arguments)
-    assert status == 130 or (status == 2 and err.endswith(f"was not written: {error}\n"))
+    assert status == 130 or (status == 2 and err.endswith(f"cannot be saved: {error}\n"))
     assert not list(tmp_path.iterdir())
     assert run(*arguments)[0] == 0
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hfprune.errors import HfpruneError, unknown
+from hfprune.files import whole_file
 from hfprune.importance.weights import digest
 from hfprune.structure.anatomy import Anatomy
 
@@ -83,8 +84,6 @@ class Scores:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write scores.safetensors into a folder, under a temporary name first."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
         tensors = {
             f"{criterion}/{group}": values.contiguous()
             for criterion, groups in self.importance.items()
@@ -93,8 +92,8 @@ class Scores:
         tensors |= {group: moments.contiguous() for group, moments in self.moments.items()}
         meta = {name: getattr(self, name) for name in _MEASURED_ON}
         # In one file, or a save that fails over older scores would mix the two.
-        save_file(tensors, path / f"{_FILE}.tmp", {_META: json.dumps(meta)})
-        os.replace(path / f"{_FILE}.tmp", path / _FILE)
+        with whole_file(Path(folder) / _FILE) as temporary:
+            save_file(tensors, temporary, {_META: json.dumps(meta)})
 
     @staticmethod
     def load(folder: str | os.PathLike[str]) -> Scores:

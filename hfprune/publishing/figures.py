@@ -18,7 +18,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfprune.files import write_whole
+from hfprune.files import whole_file, write_whole
 from hfprune.publishing.panels import (
     GONE,
     INK,
@@ -129,13 +129,10 @@ def pictures(report: Report) -> list[Picture]:
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure under a temporary name, then rename it; the ending says the format."""
-    final = Path(path)
-    kind = final.suffix[1:]
-    temporary = final.with_name(f"{final.name}.tmp")
+    kind = Path(path).suffix[1:]
     metadata = {"Date": None} if kind == "svg" else None
-    with style():
+    with whole_file(path) as temporary, style():
         figure.savefig(temporary, format=kind, dpi=200, metadata=metadata)
-    temporary.replace(final)
 
 
 def kept_as_text(plan: PruningPlan) -> str:

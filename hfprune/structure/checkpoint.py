@@ -382,6 +382,22 @@ def from_pretrained(
     return model.eval()
 
 
+def save_with_processor(
+    model: PreTrainedModel, processor: Any, folder: str | os.PathLike[str]
+) -> None:
+    """Write a model, and what makes its inputs if that is not None, into a folder.
+
+    Raises:
+        CheckpointError: a pruned model did not come back as it is.
+    """
+    try:
+        model.save_pretrained(folder)
+    except StructureError as error:
+        raise CheckpointError(f"The model cannot be saved: {error}") from error
+    if processor is not None:
+        processor.save_pretrained(folder)
+
+
 WHERE = (
     *("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download"),
     "proxies",
