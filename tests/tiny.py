@@ -196,9 +196,11 @@ def model(
     return made.to(dtype).eval()
 
 
-def batch(model: PreTrainedModel, tokens: int = 9, examples: int = 2) -> dict[str, torch.Tensor]:
+def batch(
+    model: PreTrainedModel, tokens: int = 9, examples: int = 2, seed: int = 1
+) -> dict[str, torch.Tensor]:
     """Two examples that the model reads, or only the first."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     integers = functools.partial(torch.randint, 3, _IMAGE_TOKEN, generator=generator)
     noise = functools.partial(torch.randn, generator=generator)
     settings = model.config

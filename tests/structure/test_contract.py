@@ -21,6 +21,8 @@ from transformers.integrations.heterogeneity.configuration_utils import (
 )
 
 from hfprune.importance.gates import frozen, gate_gradients, gated, masked
+from hfprune.importance.scoring import score
+from hfprune.recovery.compensation import compensate
 from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.architectures import ROWS
 from hfprune.structure.checkpoint import from_pretrained
@@ -172,6 +174,52 @@ def test_gate_gradients_are_finite_differences(family):
                     sides.append(loss())
             slope = (sides[0] - sides[1]) / (2 * step)
             torch.testing.assert_close(found[group.name] @ direction, slope, rtol=1e-2, atol=5e-2)
+
+
+TOKENS_FIRST = {"mlcd_vision_model"}
+"""Families that take batches of one only."""
+
+
+def alone(batch):
+    """The two examples of a batch, each by itself."""
+    return [
+        {name: values.tensor_split(2)[which] for name, values in batch.items()} for which in (0, 1)
+    ]
+
+
+def sum_of_examples(model, batch):
+    """A loss with a term for each example."""
+    said = model(**batch)
+    if "text_embeds" in said:  # the logits compare each text with each image
+        return said["text_embeds"].square().sum() + said["image_embeds"].logsumexp(-1).sum()
+    return said[0].logsumexp(-1).sum()
+
+
+@every_family_if_slow
+def test_a_batch_of_two_is_two_batches_of_one(family):
+    if family in TOKENS_FIRST:
+        pytest.skip("refused, see test_batches.py")
+    dense, pruned, keep = dense_and_pruned(family, torch.float64)
+    pairs = [tiny.batch(dense, seed=seed) for seed in range(3)]
+    singles = [example for pair in pairs for example in alone(pair)]
+    one, other = (score(dense, some, "fisher", sum_of_examples) for some in (pairs, singles))
+    for name, importance in one.by("fisher").items():
+        torch.testing.assert_close(importance, other.by("fisher")[name], rtol=1e-6, atol=1e-12)
+
+    bare, by_singles = copy.deepcopy(pruned), copy.deepcopy(pruned)
+    compensate(dense, pruned, pairs, keep)
+    compensate(dense, by_singles, singles, keep)
+    for name, parameter in pruned.named_parameters():
+        torch.testing.assert_close(
+            parameter, by_singles.get_parameter(name), rtol=1e-5, atol=1e-6, msg=name
+        )
+
+    def error(model):
+        gaps = [tiny.outputs(model, pair) - tiny.outputs(dense, pair) for pair in pairs]
+        return sum(float(gap.square().mean()) for gap in gaps)
+
+    with torch.no_grad():
+        assert error(pruned) <= 1.1 * error(bare)  # tokens may go to other experts
 
 
 @contextmanager
