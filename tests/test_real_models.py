@@ -44,6 +44,7 @@ def test_minilm_from_fine_tuning_to_report(tmp_path):
             "data": {s: str(tmp_path / f"{s}.jsonl") for s in ("train", "dev", "test")},
             "finetune": {"epochs": 1},
             "score": {"examples": 64},
+            "prune": {"budget": "macs=25%"},  # what is refitted is small, and soon
             "distill": {"epochs": 1},
             "measure": {"batch_sizes": [1], "repeats": 3},
         }
@@ -53,7 +54,7 @@ def test_minilm_from_fine_tuning_to_report(tmp_path):
     assert [v.name for v in smaller] == ["pruned", "compensated", "distilled"]
     for variant in smaller:
         assert variant.params < dense.params
-        assert 0.45 < variant.macs / dense.macs < 0.55  # the layers are nearly all of MiniLM's MACs
+        assert 0.2 < variant.macs / dense.macs < 0.3  # the layers are nearly all of MiniLM's MACs
     found = json.loads((tmp_path / "run" / "reloaded.json").read_text())
     assert found["largest_logit_difference"] == {"hfprune": 0.0, "remote-code": 0.0}
 
