@@ -8,32 +8,12 @@ arXiv:2410.10989).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import FunctionCtx
-from torch.overrides import TorchFunctionMode
 
 _ROWS = 32
 """Rows whose exponentials are made at a time."""
-
-
-class LeanCrossEntropy(TorchFunctionMode):
-    """Within this context every `torch.nn.functional.cross_entropy` of class numbers is a lean one:
-    also those in a model's own code, which is where a model's loss is computed.
-    """
-
-    def __torch_function__(
-        self,
-        function: Callable[..., torch.Tensor],
-        types: Sequence[type],
-        args: Sequence[object] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> torch.Tensor:
-        if function is F.cross_entropy:
-            return cross_entropy(*args, **(kwargs or {}))  # type: ignore[arg-type]
-        return function(*args, **(kwargs or {}))
 
 
 def cross_entropy(

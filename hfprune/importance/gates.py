@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from hfprune.importance.lean import Lean
 from hfprune.structure.anatomy import Anatomy, Block, Group, moe_of, routing_of
 from hfprune.structure.architectures import row_of
 from hfprune.structure.cost import Selection
@@ -273,6 +274,8 @@ def recomputing(model: PreTrainedModel) -> Iterator[None]:
                     use_reentrant=False,
                     preserve_rng_state=False,
                     early_stop=False,
+                    # A backward pass is outside of any such mode, and both must do the same.
+                    context_fn=lambda: (Lean(), Lean()),
                 )
                 stack.enter_context(replaced_forward(layer, again))
         yield

@@ -27,7 +27,6 @@ from hfprune.importance.criteria import (
     Evidence,
     criterion_named,
 )
-from hfprune.importance.cross_entropy import LeanCrossEntropy
 from hfprune.importance.diagnosis import check_finite, loss_of, warn_if_unsettled
 from hfprune.importance.gates import (
     frozen,
@@ -37,6 +36,7 @@ from hfprune.importance.gates import (
     recomputing,
     uncached,
 )
+from hfprune.importance.lean import Lean
 from hfprune.importance.losses import Loss, is_token_level, loss_named
 from hfprune.importance.moments import MomentSums
 from hfprune.importance.reconstruction import Joint
@@ -105,7 +105,7 @@ def score(
     again = recomputing(model) if checkpointing or offloaded else nullcontext()
     device = _device_of(model)
     watching = gathering.watch(anatomy)
-    with frozen(model), uncached(model), watching, again, LeanCrossEntropy(), torch.enable_grad():
+    with frozen(model), uncached(model), watching, again, Lean(), torch.enable_grad():
         shares = _shares(batches, total, model)
         for index, batch, counts in shares:
             here = placed(batch, index, device)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from hfprune.errors import DataError
 from hfprune.importance.batches import Batch, by_example, padding_mask, reads
 from hfprune.importance.gates import frozen, output_gradients, recomputing, uncached
+from hfprune.importance.lean import Lean
 from hfprune.importance.losses import is_token_level, logits_loss
 from hfprune.structure.anatomy import Anatomy, Group, is_offloaded
 
@@ -52,7 +53,7 @@ def token_weights(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Weig
 
     watching = output_gradients(model, Anatomy.of(model), receive)
     again = recomputing(model) if any(map(is_offloaded, model.modules())) else nullcontext()
-    with frozen(model), uncached(model), watching, again, torch.enable_grad():
+    with frozen(model), uncached(model), watching, again, Lean(), torch.enable_grad():
         for given in tqdm(batches, "weighing tokens", delay=2, leave=False):
             batch = {name: tensor.to(model.device) for name, tensor in given.items()}
             weights.append({})

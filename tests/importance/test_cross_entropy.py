@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hfprune.importance.cross_entropy import LeanCrossEntropy, cross_entropy
+from hfprune.importance.cross_entropy import cross_entropy
+from hfprune.importance.lean import Lean
 
 TARGET = torch.tensor([3, -100, 0, 6, -100])
 
@@ -88,7 +89,7 @@ def test_nothing_is_as_large_as_the_logits_but_their_gradient() -> None:
     model.lm_head.requires_grad_(False)
     ids = torch.randint(1, 4000, (2, 40))
     losses, counts = [], []
-    for context in (torch.enable_grad(), LeanCrossEntropy()):
+    for context in (torch.enable_grad(), Lean()):
         with context, Largest(80 * 4000) as largest:
             loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
