@@ -5,33 +5,32 @@ over that of a forward pass which keeps its activations.
     python benchmarks/scoring_cost.py .cache/gemma3-270m --gguf-file gemma-3-270m-q4_k_m.gguf \
         --examples 4 --batch-size 2 --tokens 256
 
-The lower bound in time is about 2, a forward pass and a backward pass over activations; what it
-aims at is 2.3. Full weight gradients, as Taylor scoring by weights needs them, stand beside it.
-Each takes turns with forward passes, batch by batch, so that a busy machine slows both, and the
-ratios are medians of rounds. Memory is the rise of the process's high-water mark above the loaded
-model, each way in a process of its own. A GGUF file is saved as a plain checkpoint for them first.
-It prints a table and draws it in runs/benchmark-scoring-cost/.
+The lower bound in time is about 2, a forward pass and a backward pass over activations, or what is
+left of it without the rows that have no gradient; what it aims at is 2.3. Full weight gradients, as
+Taylor scoring by weights needs them, stand beside it. Each takes turns with forward passes, batch
+by batch, so that a busy machine slows both, and the ratios are medians of rounds. Memory is what
+torch has allocated at most, on a few of the batches: it does not grow with them. It prints a table
+and draws it in runs/benchmark-scoring-cost/.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import gc
+import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from quality import ROOT
 from rich.console import Console
 from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -46,6 +45,8 @@ from hfprune.structure.fitness import forget_gguf
 
 RUNS = ROOT / "runs" / "benchmark-scoring-cost"
 FORWARD, KEEPING = "forward", "forward, activations kept"
+_FEW = 4
+"""Batches on which memory is measured: every allocation is noted down."""
 AIMS = {"time": 2.3, "memory": 1.3}
 """What scoring should cost at most, over a forward pass and over one that keeps its activations."""
 
@@ -89,7 +90,7 @@ WAYS: dict[str, Callable[[PreTrainedModel, list[Batch]], object]] = {
 
 
 def main() -> None:
-    """Measure all ways and print their ratios; or, with --memory-of, the bytes of one."""
+    """Measure all ways, print their ratios and draw them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=".cache/minilm")
     parser.add_argument("--gguf-file", help="a language model's weights in the model's folder")
@@ -99,19 +100,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--without", nargs="*", default=[], choices=list(WAYS)[2:], metavar="WAY")
-    parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    with plain_checkpoint(arguments) as folder:
-        measure(folder, arguments)
-
-
-def measure(folder: str, arguments: argparse.Namespace) -> None:
-    """All that is asked for, of the model in a folder."""
-    model, batches = load(folder, arguments)
-    if arguments.memory_of:
-        print(peak(WAYS[arguments.memory_of], model, batches))
-        return
+    model, batches = load(arguments)
     ways = {name: way for name, way in WAYS.items() if name not in arguments.without}
     twin = copy.deepcopy(model)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -126,9 +117,7 @@ def measure(folder: str, arguments: argparse.Namespace) -> None:
             own = time.process_time() - start - alternating.seconds
             seconds[name].append(own)
             ratios[name].append(own / alternating.seconds)
-    del model, twin, alternating
-    gc.collect()
-    memory = {name: peak_elsewhere(folder, name, arguments) for name in ways}
+    memory = {name: peak(way, model, batches[:_FEW]) for name, way in ways.items()}
     costs = {
         name: Cost(
             statistics.median(seconds[name]),
@@ -192,7 +181,7 @@ def show(costs: dict[str, Cost]) -> None:
 
 def draw(costs: dict[str, Cost], path: Path) -> None:
     """The ratios as bars, with what they should be at most."""
-    import matplotlib.pyplot as plt  # which no process that reads memory needs
+    import matplotlib.pyplot as plt
 
     names = list(costs)
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
@@ -209,29 +198,15 @@ def draw(costs: dict[str, Cost], path: Path) -> None:
     plt.close(figure)
 
 
-@contextmanager
-def plain_checkpoint(arguments: argparse.Namespace) -> Iterator[str]:
-    """The model's folder; of a GGUF file, one with its weights in float32, which is removed."""
-    if not arguments.gguf_file:
-        yield arguments.model
-        return
-    model = AutoModelForCausalLM.from_pretrained(
-        arguments.model, dtype=torch.float32, gguf_file=arguments.gguf_file
-    )
-    forget_gguf(model)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        del model
-        yield folder
-
-
-def load(folder: str, arguments: argparse.Namespace) -> tuple[PreTrainedModel, list[Batch]]:
+def load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, list[Batch]]:
     """The model in float32, and batches of random tokens with labels."""
     torch.manual_seed(0)
-    made_for = AutoConfig.from_pretrained(folder).architectures or [""]
-    causal = made_for[0].endswith("ForCausalLM")
+    where = {"gguf_file": arguments.gguf_file} if arguments.gguf_file else {}
+    made_for = [""] if where else AutoConfig.from_pretrained(arguments.model).architectures or [""]
+    causal = bool(where) or made_for[0].endswith("ForCausalLM")
     kind = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
-    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    model = kind.from_pretrained(arguments.model, dtype=torch.float32, **where).eval()
+    forget_gguf(model)
     shape = (arguments.batch_size, arguments.tokens)
     batches = []
     for _ in range(max(1, arguments.examples // arguments.batch_size)):
@@ -242,29 +217,17 @@ def load(folder: str, arguments: argparse.Namespace) -> tuple[PreTrainedModel, l
     return model, batches
 
 
-def peak_elsewhere(folder: str, way: str, arguments: argparse.Namespace) -> int:
-    """`peak` of one way in a fresh process, on the same batches."""
-    names = ("examples", "batch_size", "tokens", "threads")
-    same = [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in names]
-    command = [sys.executable, __file__, folder, *same, "--memory-of", way]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return int(printed.splitlines()[-1])
-
-
 def peak(way: Callable[..., object], model: PreTrainedModel, batches: list[Batch]) -> int:
-    """Bytes by which the high-water mark of this process rises above the loaded model (Linux)."""
-    way(model, batches[:1])  # what is allocated once, by libraries, is not the way's own
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the mark falls to what is in use now
-    before = resident("VmRSS")
-    way(model, batches)
-    return resident("VmHWM") - before
-
-
-def resident(field: str) -> int:
-    """Bytes of this process, now (VmRSS) or at most so far (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    """Bytes that torch holds at most while it goes that way, besides what it held before."""
+    way(model, batches[:1])  # what is allocated once is not the way's own
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        way(model, batches)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        seen.export_chrome_trace(str(file))
+        events = json.loads(file.read_text())["traceEvents"]
+    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]"]
+    return max(accumulate(change for _, change in sorted(changes)))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch.autograd.function import FunctionCtx
 
 _GLANCE = 8
-"""Columns that nearly always tell that a row is not zero; all of them take as long as the product
-of a narrow layer."""
+"""So many columns nearly always tell that a row is not zero; to look at all takes as long as the
+product of a narrow layer."""
+
+_COPIED = 2**24
+"""Numbers that are copied at once: the gradients of all words of all tokens are too many."""
 
 _FEW = 0.75
 """The share of rows up to which to gather them is faster than to multiply all."""
@@ -53,13 +56,21 @@ class _Linear(torch.autograd.Function):
         read = rows_that_differ_from_zero(gradient)
         if len(read) > _FEW * len(gradient):
             return gradient @ weight, None, None
-        some = gradient.index_select(0, read) @ weight
-        return some.new_zeros(len(gradient), some.shape[1]).index_copy_(0, read, some), None, None
+        made = gradient.new_zeros(len(gradient), weight.shape[1])
+        for some in _a_few(read, gradient):
+            made.index_copy_(0, some, gradient[some] @ weight)
+        return made, None, None
 
 
 def rows_that_differ_from_zero(matrix: torch.Tensor) -> torch.Tensor:
     """The numbers of a matrix' rows that hold anything but zeros, ascending."""
-    differs = matrix[:, :_GLANCE].any(dim=1)
+    differs = matrix[:, :: matrix.shape[1] // _GLANCE + 1].any(dim=1)
     unclear = differs.logical_not().nonzero().flatten()
-    differs[unclear] = matrix[unclear].any(dim=1)
+    for some in _a_few(unclear, matrix):
+        differs[some] = matrix[some].any(dim=1)
     return differs.nonzero().flatten()
+
+
+def _a_few(rows: torch.Tensor, matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Numbers of a matrix' rows, in parts that may be copied."""
+    return rows.split(max(1, _COPIED // max(1, matrix.shape[1])))

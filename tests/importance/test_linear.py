@@ -24,9 +24,11 @@ def made(trained=()):
     }
 
 
-@pytest.mark.parametrize("read", [range(12), [0, 6], []])
+@pytest.mark.parametrize("copied", [2**24, 27, 1])
+@pytest.mark.parametrize("read", [range(12), [0, 3, 4, 6, 7], []])
 @pytest.mark.parametrize("trained", [(), ("weight",), ("bias",)])
-def test_value_and_gradient_equal_those_of_torch(read, trained):
+def test_value_and_gradient_equal_those_of_torch(read, trained, copied, monkeypatch):
+    monkeypatch.setattr("hfprune.importance.linear._COPIED", copied)
     found = []
     for function in (linear, F.linear):
         given = made(trained)
