@@ -202,8 +202,10 @@ def load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, list[Batch]]:
     """The model in float32, and batches of random tokens with labels."""
     torch.manual_seed(0)
     where = {"gguf_file": arguments.gguf_file} if arguments.gguf_file else {}
-    made_for = [""] if where else AutoConfig.from_pretrained(arguments.model).architectures or [""]
-    causal = bool(where) or made_for[0].endswith("ForCausalLM")
+    causal = bool(where)  # which are language models' only
+    if not causal:
+        made_for = AutoConfig.from_pretrained(arguments.model).architectures or [""]
+        causal = made_for[0].endswith("ForCausalLM")
     kind = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
     model = kind.from_pretrained(arguments.model, dtype=torch.float32, **where).eval()
     forget_gguf(model)

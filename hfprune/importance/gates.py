@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from hfprune.importance.lean import Lean
-from hfprune.structure.anatomy import Anatomy, Block, Group, moe_of, routing_of
+from hfprune.structure.anatomy import Anatomy, Block, Group, is_offloaded, moe_of, routing_of
 from hfprune.structure.architectures import row_of
 from hfprune.structure.cost import Selection
 
@@ -255,6 +255,18 @@ def _watch_experts(
         return hidden, index, _watched(weights, weights, report)
 
     stack.callback(moe_of(model, block)[1].register_forward_pre_hook(watch).remove)
+
+
+@contextmanager
+def towards_activations(model: PreTrainedModel, checkpointing: bool = False) -> Iterator[None]:
+    """Backward passes of the context compute gradients of activations alone, and no more of them
+    than are needed; layers are computed again where that is asked for, or weights are offloaded.
+    """
+    # The graph would hold every weight that was brought; computed again, a layer brings its own.
+    again = checkpointing or any(map(is_offloaded, model.modules()))
+    layers = recomputing(model) if again else nullcontext()
+    with frozen(model), uncached(model), layers, Lean(), torch.enable_grad():
+        yield
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import dataclasses
 import operator
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import ParamSpec
 
 import torch
@@ -29,20 +29,17 @@ from hfprune.importance.criteria import (
 )
 from hfprune.importance.diagnosis import check_finite, loss_of, warn_if_unsettled
 from hfprune.importance.gates import (
-    frozen,
     gate_gradients,
     outlet_of,
     output_gradients,
-    recomputing,
-    uncached,
+    towards_activations,
 )
-from hfprune.importance.lean import Lean
 from hfprune.importance.losses import Loss, is_token_level, loss_named
 from hfprune.importance.moments import MomentSums
 from hfprune.importance.reconstruction import Joint
 from hfprune.importance.scores import Scores
 from hfprune.importance.weights import digest, outlet_rows, weight_norms
-from hfprune.structure.anatomy import Anatomy, Block, Group, is_offloaded
+from hfprune.structure.anatomy import Anatomy, Block, Group
 
 P = ParamSpec("P")
 
@@ -100,12 +97,8 @@ def score(
     total = operator.length_hint(batches) or None  # a loader of a stream has a len() that raises
     joint = MomentSums(model, total) if moments or not JOINT.isdisjoint(wanted) else None
     gathering = Gathering(model, anatomy, joint, joint_only=JOINT.issuperset(wanted))
-    # The graph would hold every weight that was brought; computed again, a layer brings its own.
-    offloaded = any(map(is_offloaded, model.modules()))
-    again = recomputing(model) if checkpointing or offloaded else nullcontext()
     device = _device_of(model)
-    watching = gathering.watch(anatomy)
-    with frozen(model), uncached(model), watching, again, Lean(), torch.enable_grad():
+    with towards_activations(model, checkpointing), gathering.watch(anatomy):
         shares = _shares(batches, total, model)
         for index, batch, counts in shares:
             here = placed(batch, index, device)

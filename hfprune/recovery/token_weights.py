@@ -10,7 +10,6 @@ projection of the logits, which needs no labels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from tqdm.auto import tqdm
@@ -18,10 +17,9 @@ from transformers import PreTrainedModel
 
 from hfprune.errors import DataError
 from hfprune.importance.batches import Batch, by_example, padding_mask, reads
-from hfprune.importance.gates import frozen, output_gradients, recomputing, uncached
-from hfprune.importance.lean import Lean
+from hfprune.importance.gates import output_gradients, towards_activations
 from hfprune.importance.losses import is_token_level, logits_loss
-from hfprune.structure.anatomy import Anatomy, Group, is_offloaded
+from hfprune.structure.anatomy import Anatomy, Group
 
 _FLOOR = 0.1
 """What every token counts at least, where the tokens of an example count 1 in the mean."""
@@ -52,8 +50,7 @@ def token_weights(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Weig
         weights[-1][group.name] = _shared_out(squares, mask)
 
     watching = output_gradients(model, Anatomy.of(model), receive)
-    again = recomputing(model) if any(map(is_offloaded, model.modules())) else nullcontext()
-    with frozen(model), uncached(model), watching, again, Lean(), torch.enable_grad():
+    with towards_activations(model), watching:
         for given in tqdm(batches, "weighing tokens", delay=2, leave=False):
             batch = {name: tensor.to(model.device) for name, tensor in given.items()}
             weights.append({})

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from hfprune.importance import scoring
+from hfprune.importance import gates
 from hfprune.importance.linear import linear, rows_that_differ_from_zero
 from hfprune.importance.scoring import score
 
@@ -88,6 +88,6 @@ def test_rows_that_nobody_reads_are_not_multiplied(tokens_read, most, monkeypatc
     passes = []
     for _ in range(2):
         passes.append(multiplications(lambda: score(model, [batch], "fisher")) - forward)
-        monkeypatch.setattr(scoring, "Lean", nullcontext)
+        monkeypatch.setattr(gates, "Lean", nullcontext)
     lean, plain = passes
     assert lean < most * plain  # three layers, of which the last is read at one token
