@@ -85,6 +85,7 @@ WAYS: dict[str, Callable[[PreTrainedModel, list[Batch]], object]] = {
     "score, sampled labels": lambda m, b: hfprune.score(m, b, ONE_PASS, loss="sampled"),
     "score, checkpointing": lambda m, b: hfprune.score(m, b, ONE_PASS, checkpointing=True),
     "score, reconstruction": lambda m, b: hfprune.score(m, b, ["reconstruction"]),
+    "score, all six criteria": lambda m, b: hfprune.score(m, b, [*ONE_PASS, "reconstruction"]),
     "full weight gradients": weight_gradients,
 }
 
