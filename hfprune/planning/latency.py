@@ -5,7 +5,6 @@ several widths of its heads and neurons, and what lies between is interpolated.
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import os
 import platform
@@ -20,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hfprune.errors import HfpruneError, UnsupportedModelError
 from hfprune.files import write_whole
+from hfprune.importance.gates import uncached
 from hfprune.structure.anatomy import Anatomy, Group
 from hfprune.structure.cost import Selection, group_macs
 from hfprune.structure.surgery import cut
@@ -171,7 +171,8 @@ def measure_latency(
         repeats: timed runs of each.
 
     Raises:
-        UnsupportedModelError: the family has no row, or reads neither text nor images.
+        UnsupportedModelError: the family has no row, or reads neither text nor images, or more than
+            these: images within its text, or videos.
         HfpruneError: `tokens` are more than the model's positions, or a number is less than 1.
     """
     counts = {"batch_size": batch_size, "tokens": tokens, "threads": threads, "repeats": repeats}
@@ -180,6 +181,7 @@ def measure_latency(
             raise HfpruneError(f"{name} must be 1 or more, not {count}.")
     anatomy = Anatomy.of(model)
     inputs = _inputs(model, batch_size, tokens)
+    _check_runs(model, inputs)
     kinds: dict[tuple[Any, ...], list[str]] = {}
     parts: dict[str, list[Group]] = {}
     for stack in anatomy.stacks:
@@ -310,7 +312,8 @@ def _as_it_will_run(model: PreTrainedModel, threads: int | None) -> Iterator[Non
     torch.set_num_threads(threads or before)
     model.eval()
     try:
-        yield
+        with uncached(model):  # a layer that runs again would find its own keys
+            yield
     finally:
         model.train(training)
         torch.set_num_threads(before)
@@ -324,24 +327,54 @@ def _inputs(model: PreTrainedModel, batch_size: int, tokens: int) -> dict[str, A
         most = getattr(text, "max_position_embeddings", tokens)
         if isinstance(most, int) and tokens > most:
             raise HfpruneError(f"{tokens} tokens are more than the model's {most} positions.")
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(text.vocab_size, (batch_size, tokens), generator=generator)
-        inputs["input_ids"] = ids.to(model.device)
+        inputs["input_ids"] = _texts(text, batch_size, tokens).to(model.device)
         if config.is_encoder_decoder:
             inputs["decoder_input_ids"] = inputs["input_ids"]
     vision = getattr(config, "vision_config", config)
     if model.main_input_name == "pixel_values" or vision is not config:
-        size, channels = vision.image_size, getattr(vision, "num_channels", 3)
-        pixels = torch.zeros(batch_size, channels, size, size, dtype=model.dtype)
+        size, channels = getattr(vision, "image_size", 1), getattr(vision, "num_channels", 3)
+        height, width = size if isinstance(size, tuple | list) else (size, size)
+        pixels = torch.zeros(batch_size, channels, height, width, dtype=model.dtype)
         inputs["pixel_values"] = pixels.to(model.device)
     if not inputs:
         raise UnsupportedModelError(
             f"The latency of a {type(model).__name__} cannot be measured layer by layer yet: it"
             " reads neither text nor images. Give a budget of macs."
         )
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        inputs["use_cache"] = False  # a layer that runs again would find its own keys
     return inputs
+
+
+def _texts(config: PreTrainedConfig, batch_size: int, tokens: int) -> torch.Tensor:
+    """Random tokens that end as a text ends: a classifier may read what it says at the end."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (batch_size, tokens), generator=generator)
+    if isinstance(end := getattr(config, "eos_token_id", None), int):
+        ids[ids == end] = (end + 1) % config.vocab_size
+        ids[:, -1] = end
+    return ids
+
+
+def _check_runs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    """Refuse a model that needs more than texts and images that can be made up.
+
+    Raises:
+        UnsupportedModelError: it does not run on the inputs.
+    """
+    try:
+        with torch.inference_mode():
+            model(**inputs)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"The latency of a {type(model).__name__} cannot be measured layer by layer: it does"
+            f" not run on {_written(inputs)} alone ({error}). Ask for a smaller batch, or give a"
+            " budget of macs."
+        ) from error
+
+
+def _written(inputs: Mapping[str, torch.Tensor]) -> str:
+    """What a batch holds: "input_ids (2x128) and pixel_values (2x3x224x224)"."""
+    shapes = {name: "x".join(map(str, tensor.shape)) for name, tensor in inputs.items()}
+    return " and ".join(f"{name} ({shape})" for name, shape in shapes.items())
 
 
 def _machine(model: PreTrainedModel) -> dict[str, str | int]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from test_solve import scored
@@ -177,6 +178,36 @@ def test_a_measured_table_has_every_part_and_leaves_the_model_as_it_was(family):
     # Layers that are built alike share what was measured; t5's first has a bias table.
     same = {measured.groups[g.name] for g in anatomy if g.kind == "neuron" and g.layer > 0}
     assert len(same) == len(anatomy.stacks)
+
+
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [
+        ("granitemoe", None),  # its forward does not name use_cache
+        ("gpt2", "AutoModelForQuestionAnswering"),
+        ("bart", "AutoModelForSequenceClassification"),  # reads the text's end
+        ("t5", "AutoModelForSequenceClassification"),
+    ],
+)
+def test_classifiers_and_what_caches_unasked_are_measured(family, head):
+    model = tiny.model(family, head)
+    caches = model.config.use_cache
+    measured = measure_latency(model, 2, TOKENS, repeats=1)
+    assert measured.groups.keys() == Anatomy.of(model).everything.keys()
+    assert model.config.use_cache is caches
+
+
+def test_images_need_not_be_square():
+    config = tiny.config("vit")
+    config.image_size = (16, 8)
+    model = transformers.ViTForImageClassification(config).eval()
+    assert measure_latency(model, repeats=1).layers
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_vl", "vivit", "siglip2", "internvl"])
+def test_what_does_not_run_on_what_can_be_made_up_is_refused(family):
+    with pytest.raises(UnsupportedModelError, match=r"does not run on (input_ids|pixel_values) \("):
+        measure_latency(tiny.model(family), tokens=TOKENS, repeats=1)
 
 
 def test_what_cannot_be_measured_is_refused():
