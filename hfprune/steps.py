@@ -377,7 +377,7 @@ class Steps:
         given = self.model(this.given)
         lengths = tokens_of(Anatomy.of(given), self.scores_of(this).tokens)
         shape = this.latency.shape or (1, longest(lengths))
-        measure_latency(given, *shape).save(path)
+        measure_latency(given, *shape, self.recipe.measure.threads or None).save(path)
 
     def make_plan(self, this: Round, path: Path) -> None:
         """What stays of the model that the round is given; every process plans for itself."""

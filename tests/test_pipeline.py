@@ -453,11 +453,12 @@ def test_a_curve_that_no_plan_can_meet_is_seen_before_anything_is_removed(copied
 def test_a_budget_of_latency_is_planned_by_one_table(copied, tmp_path):
     """Measured once and kept, or brought from elsewhere; the same table gives the same plan."""
     recipe = changed(copied, "prune", budget="latency=100%@2x12, params=80%")
+    recipe = changed(recipe, "measure", threads=2)
     said = []
     hfprune.run(recipe, say=said.append, until="plan.json")
     assert "Measuring latency ..." in said
     table = hfprune.LatencyTable.load(at(copied, "latency.json"))
-    assert (table.batch_size, table.tokens) == (2, 12)
+    assert (table.batch_size, table.tokens, table.machine["threads"]) == (2, 12, 2)
     measured = at(copied, "latency.json").stat().st_mtime_ns
     dense, scores = hfprune.from_pretrained(at(copied, "dense")), Scores.load(at(copied, "scores"))
 
