@@ -356,7 +356,7 @@ _GPT_BIGCODE = Stack(
             sizes=("split_size", "embed_dim"),
         ),
     ),
-    Ffn(("mlp.c_fc",), "mlp.c_proj", setting="n_inner"),
+    Ffn(("mlp.c_fc",), "mlp.c_proj", width=":inner_dim", setting="n_inner"),
     depth="n_layer",
 )
 _GPT_NEO = Stack(

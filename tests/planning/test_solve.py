@@ -584,7 +584,7 @@ def test_constraints_that_make_no_sense(wrong):
         Constraints(**wrong)
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen3", "bert", "bart", "clip"])
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "bert", "bart", "clip", "gpt_bigcode"])
 def test_a_uniform_plan_makes_a_stock_model(family, tmp_path):
     model = tiny.model(family)
     holds_heads = family in ("mistral", "qwen3")
