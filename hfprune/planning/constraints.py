@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from hfprune.errors import HfpruneError, unknown
 from hfprune.structure.anatomy import Anatomy, Block, Group
-from hfprune.structure.checkpoint import also_sized, stock_settings
+from hfprune.structure.checkpoint import also_sized, sizes_heads, stock_settings
 
 
 @dataclass(frozen=True)
@@ -79,24 +79,32 @@ class Constraints:
         if self.experts is not None:
             self._check_experts(anatomy, self.experts)
         for group in anatomy if self.uniform else ():
-            floor = self.min_heads if group.kind == "head" else self.min_neurons
-            if (
-                floor < group.units
-                and not self.protects(group)
-                and not stock_settings(model, group)
-            ):
-                raise HfpruneError(
-                    f"uniform: the config of a {anatomy.model_type} cannot hold fewer"
-                    f" {group.kind}s, as in {group.name}. Keep them all with"
-                    f" min_{group.kind}s={group.units}, or plan without uniform."
-                )
+            if self._cuts(group) and not stock_settings(model, group):
+                raise self._not_held(anatomy, group)
         if self.uniform:
-            self._check_outside(model, anatomy)
+            self._check_built(model, anatomy)
 
-    def _check_outside(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
-        """Refuse uniform widths where their setting also sizes what no plan cuts."""
-        neurons = [g for g in anatomy if g.kind == "neuron" and not self.protects(g)]
-        for group in {g.stack: g for g in neurons if self.min_neurons < g.units}.values():
+    def _cuts(self, group: Group) -> bool:
+        """Whether a group may lose units."""
+        floor = self.min_heads if group.kind == "head" else self.min_neurons
+        return floor < group.units and not self.protects(group)
+
+    def _not_held(self, anatomy: Anatomy, group: Group) -> HfpruneError:
+        return HfpruneError(
+            f"uniform: the config of a {anatomy.model_type} cannot hold fewer"
+            f" {group.kind}s, as in {group.name}. Keep them all with"
+            f" min_{group.kind}s={group.units}, or plan without uniform."
+        )
+
+    def _check_built(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
+        """Refuse uniform widths whose setting does not size the heads, or sizes also what no plan
+        cuts.
+        """
+        cut = [group for group in anatomy if self._cuts(group)]
+        for group in {(g.stack, g.part): g for g in cut if g.kind == "head"}.values():
+            if not sizes_heads(model, group):
+                raise self._not_held(anatomy, group)
+        for group in {g.stack: g for g in cut if g.kind == "neuron"}.values():
             if other := also_sized(model, group):
                 raise HfpruneError(
                     f"uniform: in the config of a {anatomy.model_type}, the width of {group.name}"

@@ -37,7 +37,7 @@ from hfprune.structure.modeling_hfprune import (
     sub_configs_of,
     tensors_of,
 )
-from hfprune.structure.slices import config_of, ffn_of, layer_of, stack_of
+from hfprune.structure.slices import config_of, ffn_of, inputs_of, layer_of, stack_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -138,18 +138,39 @@ def stock_settings(model: PreTrainedModel, group: Group) -> dict[str, int]:
     return {name: value for name, value in values.items() if name in known}
 
 
+def sizes_heads(model: PreTrainedModel, group: Group) -> bool:
+    """Whether the family builds its attention by the config's settings for a group of heads: some
+    read a size of their heads, and take the width of the hidden states for that of all (helium).
+
+    Found by building the stock model with one KV group, on the meta device.
+    """
+    one = dict(zip(HEAD_SETTINGS, (group.heads_per_kv, 1), strict=True))
+    other = _stock_with(model, group, {"head_dim": group.columns, **one})
+    outlet = other.base_model.get_submodule(group.outlet)
+    return inputs_of(outlet) == group.heads_per_kv * group.columns
+
+
+def _stock_with(
+    model: PreTrainedModel, group: Group, settings: Mapping[str, int]
+) -> PreTrainedModel:
+    """The stock model with other settings for the stack of a group, on the meta device."""
+    config = copy.deepcopy(model.config)
+    sized = config_of(config, stack_of(model, group))
+    for name, value in settings.items():
+        setattr(sized, name, value)
+    with torch.device("meta"):
+        made: PreTrainedModel = getattr(type(model), "_stock", type(model))(config)
+    return made
+
+
 def also_sized(model: PreTrainedModel, group: Group) -> str:
     """Path of a module outside the layers that the config's setting for a group of neurons sizes
     too, "" if there is none.
 
     Found by building the stock model with another value, on the meta device.
     """
-    stack, config = stack_of(model, group), copy.deepcopy(model.config)
-    sized = config_of(config, stack)
-    for name, value in stock_settings(model, group).items():
-        setattr(sized, name, value + 8)
-    with torch.device("meta"):
-        other = getattr(type(model), "_stock", type(model))(config)
+    settings = stock_settings(model, group)
+    other = _stock_with(model, group, {name: value + 8 for name, value in settings.items()})
     known = dict(model.base_model.named_modules())
     return next(
         (

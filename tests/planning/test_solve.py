@@ -651,6 +651,10 @@ def test_what_a_stock_config_cannot_hold_is_refused_before_planning():
     model = tiny.model("bert")
     with pytest.raises(HfpruneError, match=r"cannot hold fewer heads.*min_heads=4"):
         plan(model, scored(model), "macs=50%", constraints=Constraints(uniform=True))
+    for family in ("helium", "mistral3"):  # their heads' number says nothing of the width of all
+        model = tiny.model(family)
+        with pytest.raises(HfpruneError, match=r"cannot hold fewer heads.*min_heads=4"):
+            plan(model, scored(model), "macs=50%", constraints=Constraints(uniform=True))
     with pytest.raises(HfpruneError, match="1 or more"):
         Constraints(uniform=True, min_heads=0)
     uneven = copy_and_cut(tiny.model("llama"), {"layers.1.mlp.down_proj": range(9)})
