@@ -122,7 +122,7 @@ class Limit:
         if self.absolute:
             large_first = sorted(_UNITS[self.resource].items(), key=lambda pair: -pair[1])
             numbers = [(f"{self.amount / scale:.12g}", unit) for unit, scale in large_first]
-            numbers.sort(key=lambda pair: (pair[0][:2] == "0.", _digits(pair[0])))
+            numbers.sort(key=lambda pair: _awkwardness(pair[0]))
             # The shortest that is read back as this limit; the last resort always is.
             base = f"{self.amount!r}s" if self.resource == "latency" else ""
             base = base or f"{self.amount / 1e3!r}K{'B' * (self.resource == 'memory')}"
@@ -167,9 +167,13 @@ class Budget:
         return ", ".join(map(str, self.limits))
 
 
-def _digits(number: str) -> int:
-    """How many digits of a number say something."""
-    return len(number.replace(".", "").strip("0"))
+def _awkwardness(number: str) -> tuple[int, int]:
+    """By which the number that people would write is the least: one with few digits that say
+    something, if it is no fraction and has no power of ten, and else a short one.
+    """
+    odd = number.startswith("0.") or "e" in number
+    digits = len(number.replace(".", "").strip("0"))
+    return (len(number), digits) if odd else (0, digits)
 
 
 def _unreadable(text: str) -> BudgetError:

@@ -96,7 +96,9 @@ def test_round_amounts_are_printed_as_people_write_them():
         "macs=7%",
         "macs=12.5%",
         "params=15M",
+        "params=0.5K",
         "memory=400MB@1x128",
         "latency=8ms",
+        "latency=0.5us",
     ):
         assert str(Budget.parse(text)) == text
