@@ -25,9 +25,11 @@ def examples_in(batch: Batch) -> int:
 
 
 def placed(batch: Batch, index: int, device: torch.device) -> Batch:
-    """A calibration batch, checked (see `check_batch`), on a device."""
+    """A calibration batch, checked (see `check_batch`), on a device, where nothing is behind it that
+    a gradient could flow into.
+    """
     check_batch(batch, index)
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: tensor.detach().to(device) for name, tensor in batch.items()}
 
 
 def check_batch(batch: Batch, index: int) -> None:

@@ -213,6 +213,17 @@ def test_a_loader_of_a_stream_has_no_length():
     assert_same(found, score(model, iter([batch]), ["fisher", "reconstruction"]), rtol=0, atol=0)
 
 
+def test_nothing_flows_into_what_a_batch_was_computed_from():
+    model, batch = classifier()
+    expected = score(model, [batch], ["fisher", "taylor"])
+    embeddings = model.get_input_embeddings()(batch.pop("input_ids"))
+    embeddings.retain_grad()
+    for _ in range(2):  # a graph that was walked through once is gone
+        found = score(model, [{"inputs_embeds": embeddings} | batch], ["fisher", "taylor"])
+        assert_same(found, expected, rtol=0, atol=0)
+    assert embeddings.grad is None
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
