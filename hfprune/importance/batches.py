@@ -25,11 +25,11 @@ def examples_in(batch: Batch) -> int:
 
 
 def placed(batch: Batch, index: int, device: torch.device) -> Batch:
-    """A calibration batch, checked (see `check_batch`), on a device, where nothing is behind it that
-    a gradient could flow into.
+    """A copy of a calibration batch, checked (see `check_batch`), on a device: no gradient flows
+    into what it was computed from, in whichever mode.
     """
     check_batch(batch, index)
-    return {name: tensor.detach().to(device) for name, tensor in batch.items()}
+    return {name: tensor.detach().to(device, copy=True) for name, tensor in batch.items()}
 
 
 def check_batch(batch: Batch, index: int) -> None:

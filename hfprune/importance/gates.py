@@ -265,7 +265,8 @@ def towards_activations(model: PreTrainedModel, checkpointing: bool = False) -> 
     # The graph would hold every weight that was brought; computed again, a layer brings its own.
     again = checkpointing or any(map(is_offloaded, model.modules()))
     layers = recomputing(model) if again else nullcontext()
-    with frozen(model), uncached(model), layers, Lean(), torch.enable_grad():
+    graphs = torch.inference_mode(False)  # there are none in the mode that a caller may be in
+    with graphs, frozen(model), uncached(model), layers, Lean(), torch.enable_grad():
         yield
 
 

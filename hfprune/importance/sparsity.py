@@ -166,7 +166,7 @@ def sparsify(
     if batches is not None and not calibration:
         raise DataError("There are no calibration batches; give at least one.")
     named = loss_named(loss, seed=0) if isinstance(loss, str) else loss
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         saliency = _SALIENCIES[criterion](model, layers, calibration, named)
         for path, values in saliency.items():
             if not torch.isfinite(values).all():

@@ -432,6 +432,15 @@ def test_computing_layers_again_gives_the_same_scores(family):
     assert getattr(model.config, "use_cache", True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_callers_inference_mode_changes_nothing(dtype):
+    model = tiny.model("bert", "AutoModelForSequenceClassification", dtype=dtype)
+    with torch.inference_mode():
+        batch = tiny.batch(model) | {"labels": torch.tensor([0, 1])}
+        inside = score(model, [batch], moments=True)
+    assert_same(inside, score(model, [batch], moments=True), rtol=0, atol=0)
+
+
 def test_a_model_in_training_with_checkpointing_of_its_own():
     model, batch = labelled("opt")  # its layers have dropout
     plain = score(model, [batch])

@@ -162,6 +162,15 @@ def test_taylor_is_the_slope_of_finite_differences():
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
+def test_taylor_needs_no_mode_of_its_caller():
+    (model, batch), (other, _) = labelled(), labelled()
+    with torch.inference_mode():
+        inside = sparsify(model, 0.5, criterion="taylor", batches=[batch])
+    expected = sparsify(other, 0.5, criterion="taylor", batches=[batch])
+    assert all(inside.masks[path].equal(mask) for path, mask in expected.masks.items())
+    model(**batch).loss.backward()  # its weights are no worse for it
+
+
 def test_what_is_saved_comes_back_as_ordinary_weights(tmp_path):
     from transformers import AutoModelForCausalLM
 
