@@ -72,7 +72,7 @@ def labels_loss(model: PreTrainedModel, batch: Batch, seed: int = 0) -> torch.Te
         raise DataError(
             f"{type(model).__name__} returns no loss for labels; load the model with its task head."
         )
-    return outputs.loss * terms(model, batch)
+    return _wide(outputs.loss) * terms(model, batch)  # half precision does not reach far
 
 
 def sampled_loss(model: PreTrainedModel, batch: Batch, seed: int = 0) -> torch.Tensor:
@@ -260,19 +260,21 @@ def _problem(model: PreTrainedModel, batch: Batch) -> str:
     return "multi_label_classification" if many else "single_label_classification"
 
 
-def _wide(logits: torch.Tensor) -> torch.Tensor:
+def _wide(values: torch.Tensor) -> torch.Tensor:
     """In float32 or wider, as losses are."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def terms(model: PreTrainedModel, batch: Batch) -> int:
-    """How many terms the model's loss is the mean of: examples, or labelled tokens; 1 of a sum."""
-    if _is_one_of(_CTC, model) and model.config.ctc_loss_reduction == "sum":
-        return 1
-    labels = batch.get("labels")
-    if labels is None or not _has_token_labels(model, batch):
-        return examples_in(batch)
-    if shifts_labels(model):
+    """How many terms the model's loss is the mean of: labelled examples or tokens; 1 of a sum."""
+    labels, examples = batch.get("labels"), examples_in(batch)
+    if _is_one_of(_CTC, model):
+        return 1 if model.config.ctc_loss_reduction == "sum" else examples
+    of_tokens = _has_token_labels(model, batch)
+    of_classes = of_tokens or _problem(model, batch) == "single_label_classification"
+    if labels is None or not of_classes or (labels.numel() != examples and not of_tokens):
+        return examples
+    if of_tokens and shifts_labels(model):
         labels = labels[:, 1:]  # the first token is predicted by nothing
     return int((labels != IGNORED).sum())
 

@@ -228,6 +228,29 @@ def test_a_models_own_loss_is_summed():
     assert labels_loss(model, batch | {"labels": labels}).isclose(expected)
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_an_example_without_a_label_has_no_loss(more):
+    model, batch = make("AutoModelForSequenceClassification", num_labels=3)
+    labels = torch.tensor([0, -100, 1])
+    expected = F.cross_entropy(model(**batch).logits, labels, reduction="sum")
+    labels = labels.reshape(3, *[1] * more)
+    assert labels_loss(model, batch | {"labels": labels}).isclose(expected)
+
+
+def test_a_value_may_be_that_of_no_class():
+    model, batch = make("AutoModelForSequenceClassification", num_labels=1)
+    labels = torch.tensor([0.0, -100.0, 1.0], dtype=torch.float64)
+    expected = (model(**batch).logits[:, 0] - labels).square().sum()
+    assert labels_loss(model, batch | {"labels": labels}).isclose(expected)
+
+
+def test_a_sum_may_be_larger_than_half_precision_holds():
+    model, batch = make("AutoModelForSequenceClassification", num_labels=1)
+    batch["labels"] = torch.full((3,), 200.0, dtype=torch.float16)
+    own = model.half()(**batch).loss
+    assert labels_loss(model, batch) == 3 * own.float() > torch.finfo(torch.float16).max
+
+
 @pytest.mark.parametrize("loss", [sampled_loss, logits_loss])
 def test_a_model_without_a_head(loss):
     model, batch = make("AutoModel")
