@@ -50,7 +50,8 @@ _EXAMPLE_LEVEL = _CTC.union(  # whatever shape their labels come in
 
 
 def labels_loss(model: PreTrainedModel, batch: Batch, seed: int = 0) -> torch.Tensor:
-    """The model's own loss on the batch's labels, summed over examples or labelled tokens.
+    """The model's own loss on the batch's labels, summed over examples or labelled tokens; where
+    padding would predict a text's first token, this has none.
 
     Nothing is drawn: the seed is there because every named loss takes one.
 
@@ -63,6 +64,9 @@ def labels_loss(model: PreTrainedModel, batch: Batch, seed: int = 0) -> torch.Te
             f"The batch has no 'labels' (it has {', '.join(batch)}); gradient importance needs a"
             " loss. Give labels, or score with loss='sampled', which needs none."
         )
+    if _has_token_labels(model, batch) and shifts_labels(model):
+        foretold = batch["labels"].masked_fill(_after_padding(batch, batch["labels"]), IGNORED)
+        batch = {**batch, "labels": foretold}
     try:
         outputs = model(**batch)
     except IndexError:
@@ -112,6 +116,7 @@ def sampled_loss(model: PreTrainedModel, batch: Batch, seed: int = 0) -> torch.T
         return _drawn_cross_entropy(logits, generators)
     counted = _counted(model, batch, logits)
     if shifts_labels(model):
+        counted = counted & ~_after_padding(batch, counted)
         # The logits of the last token stay where they are: without them all would be copied.
         counted = F.pad(counted[:, 1:], (0, 1))
     return _drawn_cross_entropy(logits, generators, counted)
@@ -237,6 +242,17 @@ def _counted(model: PreTrainedModel, batch: Batch, logits: torch.Tensor) -> torc
         return labels != IGNORED
     mask = _real_tokens(model, batch, logits)
     return torch.ones_like(logits[..., 0]).bool() if mask is None else mask.bool()
+
+
+def _after_padding(batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
+    """Which of the (examples, tokens) are the first after padding on the left: such a token is
+    predicted by nothing, as that of a text without padding.
+    """
+    mask = batch.get("attention_mask")
+    if mask is None or mask.shape != tokens.shape:
+        return torch.zeros_like(tokens, dtype=torch.bool)
+    real = mask.bool()
+    return F.pad(real[:, 1:] & ~real[:, :-1], (1, 0))
 
 
 def _real_tokens(model: PreTrainedModel, batch: Batch, logits: torch.Tensor) -> torch.Tensor | None:

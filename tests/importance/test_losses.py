@@ -202,6 +202,24 @@ def test_a_draw_depends_on_the_example_and_the_seed_alone(case, loss):
     assert not any(other[name].allclose(values) for name, values in whole.items())
 
 
+@pytest.mark.parametrize("loss", ["labels", "sampled", "logits"])
+def test_padding_on_the_left_predicts_nothing(loss):
+    model = tiny.model("llama")
+    ids = torch.randint(3, tiny.VOCABULARY, (3, 5), generator=torch.Generator().manual_seed(1))
+    starts = (0, 2, 3)
+    mask = (torch.arange(5) >= torch.tensor(starts)[:, None]).long()
+    batch = {
+        "input_ids": ids * mask,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        "labels": ids.where(mask.bool(), -100),
+    }
+    bare = [{k: v[i : i + 1, start:] for k, v in batch.items()} for i, start in enumerate(starts)]
+    found, expected = (score(model, b, ["fisher"], loss).by("fisher") for b in ([batch], bare))
+    for group, values in expected.items():
+        torch.testing.assert_close(found[group], values, rtol=1e-4, atol=1e-9)
+
+
 def test_given_labels_say_which_tokens_count():
     model, batch = make("AutoModelForMaskedLM")
     labels = torch.full_like(batch["input_ids"], -100)
