@@ -354,6 +354,11 @@ def _taylor(
                 batch = placed(given, index, model.device)
                 value = loss_of(loss, model, batch, index)
                 check_finite(value, index, model, batch, loss)
+                if not value.requires_grad:
+                    raise DataError(
+                        f"The loss of calibration batch {index} does not depend on any layer of the"
+                        " model."
+                    )
                 slopes = torch.autograd.grad(value, weights, allow_unused=True)
                 for (path, module), slope in zip(layers.items(), slopes, strict=True):
                     if slope is None:

@@ -234,6 +234,12 @@ def test_masks_that_do_not_all_fit_change_nothing():
     assert all(weights(model)[path].equal(weight) for path, weight in before.items())
 
 
+def test_a_loss_that_depends_on_no_layer():
+    model, batch = labelled()
+    with pytest.raises(DataError, match="batch 0 does not depend on any layer"):
+        sparsify(model, criterion="taylor", batches=[batch], loss=lambda *_: torch.tensor(1.0))
+
+
 def test_every_row_is_rounded_alike():
     for share, of_32, of_24 in ((0.01, 0, 0), (0.55, 18, 13)):
         result = sparsify(labelled()[0], share, scope="row")
