@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hfprune.errors import DataError
 from hfprune.importance.batches import Batch
 from hfprune.importance.losses import Loss
-from hfprune.structure.architectures import row_of
+from hfprune.structure.architectures import ROWS
 
 logger = logging.getLogger(__name__)
 
@@ -96,15 +96,15 @@ def check_finite(
         return
     found: list[str] = []
     with ExitStack() as stack, torch.no_grad():
-        for row in row_of(model.config.model_type).stacks:
-            layers = model.base_model.get_submodule(row.layers)
+        for path in _stacks(model):
+            layers = model.base_model.get_submodule(path)
             for number, layer in enumerate(layers.children()):
 
                 def look(
-                    module: nn.Module, args: Any, output: Any, name: str = f"{row.layers}.{number}"
+                    module: nn.Module, args: Any, output: Any, name: str = f"{path}.{number}"
                 ) -> None:
                     hidden = output[0] if isinstance(output, tuple) else output
-                    if not torch.isfinite(hidden).all():
+                    if isinstance(hidden, torch.Tensor) and not torch.isfinite(hidden).all():
                         found.append(name)
 
                 stack.callback(layer.register_forward_hook(look).remove)
@@ -115,3 +115,15 @@ def check_finite(
         else "the layers give finite values, so look at its labels and at the loss"
     )
     raise DataError(f"The loss of calibration batch {index} is {value.item()}: {where}.")
+
+
+def _stacks(model: PreTrainedModel) -> list[str]:
+    """Paths of the lists of layers, also of a family that has no row: of nested ones the outer."""
+    if row := ROWS.get(model.config.model_type):
+        return [stack.layers for stack in row.stacks]
+    found: list[str] = []
+    for path, module in model.base_model.named_modules():
+        inside = path.startswith(tuple(f"{outer}." for outer in found))
+        if isinstance(module, nn.ModuleList) and not inside:
+            found.append(path)
+    return found

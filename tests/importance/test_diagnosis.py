@@ -7,10 +7,12 @@ import tiny
 import torch
 from test_gates import make
 from test_scoring import rows
+from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from hfprune.errors import DataError
 from hfprune.importance import diagnosis
 from hfprune.importance.scoring import score
+from hfprune.importance.sparsity import sparsify
 
 
 def test_the_first_layer_that_is_not_finite_is_named():
@@ -20,6 +22,16 @@ def test_the_first_layer_that_is_not_finite_is_named():
     with pytest.raises(DataError, match=r"batch 0 is nan: encoder\.layer\.1 is the first layer"):
         score(model, [batch])
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_the_layer_is_named_in_a_family_that_cannot_be_pruned():
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 24}
+    model = AlbertForSequenceClassification(AlbertConfig(**sizes, num_hidden_layers=2))
+    batch = {"input_ids": torch.tensor([[3, 4, 5]]), "labels": torch.tensor([1])}
+    with torch.no_grad():
+        model.albert.encoder.albert_layer_groups[0].albert_layers[0].ffn.bias[3] = torch.inf
+    with pytest.raises(DataError, match=r"batch 0 is nan: encoder\.albert_layer_groups\.0 is the"):
+        sparsify(model, criterion="taylor", batches=[batch])
 
 
 def test_labels_that_are_not_finite():
