@@ -20,6 +20,7 @@ from hfprune.importance.diagnosis import check_finite, loss_of
 from hfprune.importance.gates import evaluating, frozen, uncached
 from hfprune.importance.losses import Loss, loss_named
 from hfprune.structure.architectures import ROWS
+from hfprune.structure.fitness import check_unadapted
 
 Scope = Literal["global", "layer", "row"]
 Saliency = Mapping[str, torch.Tensor]
@@ -46,7 +47,7 @@ class Sparsity:
         """The zeros that a model has, such as one that was sparsified, saved and loaded.
 
         Raises:
-            UnsupportedModelError: weights that are quantized, sharded or not in memory.
+            UnsupportedModelError: weights that are quantized, sharded or not in memory; adapters.
         """
         layers = linear_layers(model)
         masks = {path: _weight(module).detach().ne(0) for path, module in layers.items()}
@@ -148,7 +149,7 @@ def sparsify(
             or rows that n_m does not divide.
         DataError: the criterion needs batches and has none, a loss, an input or an importance that
             is not finite, or a loss that does not depend on a layer.
-        UnsupportedModelError: weights that are quantized, sharded or not in memory.
+        UnsupportedModelError: weights that are quantized, sharded or not in memory; adapters.
     """
     if criterion not in _SALIENCIES:
         raise HfpruneError(unknown("criterion", criterion, _SALIENCIES))
@@ -186,8 +187,9 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Every Linear and Conv1D in the lists of layers of a model, by its path.
 
     Raises:
-        UnsupportedModelError: there is none, or one whose weights are not plain.
+        UnsupportedModelError: there is none, or one whose weights are not plain, or adapters.
     """
+    check_unadapted(model)
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found: dict[str, nn.Module] = {
         path: module

@@ -42,7 +42,8 @@ class KeepSparse(TrainerCallback):
 
         Raises:
             HfpruneError: the masks are of another model.
-            UnsupportedModelError: the model is sharded or quantized.
+            UnsupportedModelError: the model is sharded or quantized, or has adapters, whose own
+                zeros would never learn.
         """
         self._kept = self._given or Sparsity.of(kwargs["model"])
         self._kept.apply(kwargs["model"])

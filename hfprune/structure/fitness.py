@@ -47,13 +47,8 @@ def check_plain(model: PreTrainedModel) -> None:
             f"This {name} is quantized: its weights cannot be cut. Load it unquantized, prune, "
             "then quantize."
         )
+    check_unadapted(model)
     modules = list(model.modules())
-    if getattr(model, "_hf_peft_config_loaded", False) or any(
-        type(m).__module__.startswith("peft.") for m in modules
-    ):
-        raise UnsupportedModelError(
-            f"This {name} has PEFT adapters inside: merge them (merge_and_unload), then prune."
-        )
     if any("FullyShardedDataParallel" in type(m).__name__ for m in modules):
         raise UnsupportedModelError(
             f"This {name} is flattened by FSDP 1: prune the whole model first, then wrap it."
@@ -62,6 +57,20 @@ def check_plain(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"This {name} has parameters on the meta device, without values: load its weights, "
             "then prune."
+        )
+
+
+def check_unadapted(model: nn.Module) -> None:
+    """Refuse a model with PEFT adapters.
+
+    Raises:
+        UnsupportedModelError: says what to do.
+    """
+    loaded = getattr(model, "_hf_peft_config_loaded", False)
+    if loaded or any(type(m).__module__.startswith("peft.") for m in model.modules()):
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} has PEFT adapters inside: merge them (merge_and_unload),"
+            " then prune."
         )
 
 

@@ -5,7 +5,7 @@ import tiny
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hfprune.errors import HfpruneError
+from hfprune.errors import HfpruneError, UnsupportedModelError
 from hfprune.importance.sparsity import sparsify
 from hfprune.recovery.schedule import Schedule
 from hfprune.recovery.sparse_training import GradualSparsity, KeepSparse
@@ -79,6 +79,17 @@ def test_masks_of_another_model_are_refused_before_a_step(tmp_path):
     result = sparsify(tiny.model("bert"), 0.5)
     with pytest.raises(HfpruneError, match="another model"):
         train(model, tmp_path, KeepSparse(result)).train()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+def test_adapters_are_refused_because_they_begin_with_zeros(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = tiny.model("llama")
+    sparsify(model, 0.5)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    for refused in (train(adapted, tmp_path, KeepSparse()).train, lambda: sparsify(adapted)):
+        with pytest.raises(UnsupportedModelError, match="has PEFT adapters inside: merge them"):
+            refused()
 
 
 def test_the_share_of_zeros_rises_by_the_cube(tmp_path):
