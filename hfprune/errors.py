@@ -34,9 +34,9 @@ class PublishError(HfpruneError):
     """A model cannot be published, or what was published did not come back equal."""
 
 
-def unknown(what: str, given: str, allowed: Iterable[str]) -> str:
+def unknown(what: str, given: object, allowed: Iterable[str]) -> str:
     """Sentence for an unknown name: what was given, the nearest name, and all that are allowed."""
     names = sorted(allowed)
-    near = difflib.get_close_matches(given, names, n=1)
+    near = difflib.get_close_matches(str(given), names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"Unknown {what} {given!r}.{hint} Available: {', '.join(names)}."

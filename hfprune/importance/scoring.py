@@ -92,7 +92,7 @@ def score(
     """
     names = [criteria] if isinstance(criteria, str) else criteria or CRITERIA
     wanted = {name: criterion_named(name) for name in names}
-    chosen = loss_named(loss, seed) if isinstance(loss, str) else loss
+    chosen = loss if callable(loss) else loss_named(loss, seed)
     anatomy = Anatomy.of(model)
     total = operator.length_hint(batches) or None  # a loader of a stream has a len() that raises
     joint = MomentSums(model, total) if moments or not JOINT.isdisjoint(wanted) else None

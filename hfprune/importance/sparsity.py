@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -155,8 +156,8 @@ def sparsify(
         raise HfpruneError(unknown("criterion", criterion, _SALIENCIES))
     if scope not in get_args(Scope):
         raise HfpruneError(unknown("scope", scope, get_args(Scope)))
-    if not 0 < sparsity < 1:
-        raise HfpruneError(f"sparsity is {sparsity}; give a share between 0 and 1, e.g. 0.5.")
+    if not (isinstance(sparsity, Real) and 0 < sparsity < 1):
+        raise HfpruneError(f"sparsity is {sparsity!r}; give a share between 0 and 1, e.g. 0.5.")
     if criterion != "magnitude" and batches is None:
         raise DataError(f"The criterion {criterion!r} needs calibration data: give batches=...")
     pattern = _pattern(n_m, sparsity) if n_m else None
@@ -166,7 +167,7 @@ def sparsify(
     calibration = list(batches or ())
     if batches is not None and not calibration:
         raise DataError("There are no calibration batches; give at least one.")
-    named = loss_named(loss, seed=0) if isinstance(loss, str) else loss
+    named = loss if callable(loss) else loss_named(loss, seed=0)
     with torch.inference_mode(False), torch.no_grad():
         saliency = _SALIENCIES[criterion](model, layers, calibration, named)
         for path, values in saliency.items():
@@ -233,7 +234,7 @@ def _expert_weights(model: PreTrainedModel) -> int:
 
 def _pattern(n_m: str, sparsity: float) -> tuple[int, int]:
     """The two numbers of "2:4": how many of how many stay."""
-    match = re.fullmatch(r"(\d+):(\d+)", n_m)
+    match = re.fullmatch(r"(\d+):(\d+)", str(n_m))
     if match is None or not 0 < int(match[1]) < int(match[2]):
         raise HfpruneError(f"n_m is {n_m!r}; give how many of how many weights stay, as '2:4'.")
     kept, of = int(match[1]), int(match[2])

@@ -355,6 +355,14 @@ def test_an_unknown_criterion_names_the_nearest():
         scores.by("fisher")
 
 
+def test_what_is_no_name_is_unknown():
+    model, batch = make("bert")
+    with pytest.raises(HfpruneError, match=r"Unknown criterion <function .*Available: activation"):
+        score(model, [batch], [CRITERIA["taylor"]])
+    with pytest.raises(HfpruneError, match="Unknown loss None"):
+        score(model, [batch], loss=None)
+
+
 def test_a_loss_that_does_not_depend_on_the_units():
     model, batch = make("bert")
     with pytest.raises(DataError, match="does not depend on any head or neuron"):

@@ -198,12 +198,16 @@ def test_bad_requests_change_nothing():
         r"'magnitud'\. Did you mean 'magnitude'": {"criterion": "magnitud"},
         r"Unknown scope 'rows'\. Did you mean 'row'": {"scope": "rows"},
         r"sparsity is 50": {"sparsity": 50},
+        r"sparsity is '50%'; give a share": {"sparsity": "50%"},
         r"'wanda' needs calibration data": {"criterion": "wanda"},
         r"n_m is '2-4'": {"n_m": "2-4"},
+        r"n_m is \(2, 4\)": {"n_m": (2, 4)},
         r"n_m='1:4' sets 0\.75": {"n_m": "1:4"},
         r"24 inputs, which 16 does not divide": {"n_m": "8:16"},
         r"no calibration batches": {"criterion": "wanda", "batches": []},
         r"Unknown loss 'label'": {"criterion": "taylor", "batches": [batch], "loss": "label"},
+        r"Unknown loss None": {"criterion": "taylor", "batches": [batch], "loss": None},
+        r"Unknown criterion None": {"criterion": None},
     }.items():
         with pytest.raises(HfpruneError, match=match):
             sparsify(model, **options)
