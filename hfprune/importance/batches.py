@@ -15,6 +15,8 @@ Batch = Mapping[str, torch.Tensor]
 IGNORED = -100  # label of a position without a loss, in all of transformers
 ANSWERS = ("labels", "start_positions", "end_positions")  # what a batch is judged by
 
+_LEAST_DIMENSIONS = {"input_ids": 2, **dict.fromkeys(ANSWERS, 1)}
+
 Reads = Literal["inputs", "decoder inputs", "images"]
 
 
@@ -40,7 +42,8 @@ def check_batch(batch: Batch, index: int) -> None:
         index: number of the batch, for the message.
 
     Raises:
-        DataError: names the batch, and what in it is no tensor; or it has no examples.
+        DataError: names the batch, and what in it is no tensor, or of one example without its
+            dimension; or it has no examples.
     """
     if not isinstance(batch, Mapping):
         raise DataError(
@@ -52,6 +55,11 @@ def check_batch(batch: Batch, index: int) -> None:
             raise DataError(
                 f"{name!r} of calibration batch {index} is a {type(tensor).__name__}; every value"
                 " has to be a tensor. Leave out what the model does not take, and collate lists."
+            )
+        if tensor.dim() < _LEAST_DIMENSIONS.get(name, 0):
+            raise DataError(
+                f"{name!r} of calibration batch {index} has the shape {tuple(tensor.shape)}, as if"
+                " of one example; put examples together to batches, as a DataLoader does."
             )
     if not batch or not examples_in(batch):
         raise DataError(f"Calibration batch {index} has no examples; leave it out.")

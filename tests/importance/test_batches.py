@@ -233,6 +233,14 @@ def test_nothing_flows_into_what_a_batch_was_computed_from():
             lambda batch: [batch, batch | {"text": ["a", "b"]}],
             "'text' of calibration batch 1 is",
         ),
+        (
+            lambda batch: [batch, {n: t[0] for n, t in batch.items()}],
+            r"'input_ids' of calibration batch 1 has the shape \(9,\), as if of one example",
+        ),
+        (
+            lambda batch: [batch | {"labels": batch["labels"][0]}],
+            r"'labels' .* has the shape \(\),",
+        ),
         (lambda batch: [batch, {}], "batch 1 has no examples"),
         (lambda batch: [{n: t[:0] for n, t in batch.items()}], "batch 0 has no examples"),
     ],
