@@ -266,7 +266,7 @@ def towards_activations(model: PreTrainedModel, checkpointing: bool = False) -> 
     again = checkpointing or any(map(is_offloaded, model.modules()))
     layers = recomputing(model) if again else nullcontext()
     graphs = torch.inference_mode(False)  # there are none in the mode that a caller may be in
-    with graphs, frozen(model), uncached(model), layers, Lean(), torch.enable_grad():
+    with graphs, frozen(model), unmarked(model), layers, Lean(), torch.enable_grad():
         yield
 
 
@@ -306,6 +306,20 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             del module.forward
         else:
             module.forward = before
+
+
+@contextmanager
+def unmarked(model: PreTrainedModel) -> Iterator[None]:
+    """As `uncached`, and the labels that the model meets leave no mark: transformers notes in the
+    config which problem the first of them pose, and takes all that follow for the same.
+    """
+    before = getattr(model.config, "problem_type", None)
+    with uncached(model):
+        try:
+            yield
+        finally:
+            if getattr(model.config, "problem_type", None) != before:
+                model.config.problem_type = before
 
 
 @contextmanager

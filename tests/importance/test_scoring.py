@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+from contextlib import nullcontext
 
 import pytest
 import tiny
@@ -16,6 +17,7 @@ from hfprune.importance.criteria import CRITERIA, Evidence, criterion
 from hfprune.importance.gates import outlet_of
 from hfprune.importance.scores import Scores
 from hfprune.importance.scoring import rank_correlation, score
+from hfprune.importance.sparsity import sparsify
 from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.surgery import copy_and_cut
 
@@ -170,6 +172,21 @@ def test_the_model_is_left_as_it_was(family):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(p.equal(before[name]) for name, p in model.named_parameters())
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("way", ["score", "wanda", "taylor"])
+def test_wrong_labels_leave_no_mark(way):
+    model, batch = make("bert")
+    model.config.problem_type = None
+    before = model.config.to_dict()
+    for labels in (batch["labels"].double(), batch["labels"]):  # the first as of several labels
+        batches = [batch | {"labels": labels}]
+        with pytest.raises(ValueError) if labels.is_floating_point() else nullcontext():
+            if way == "score":
+                score(model, batches, ["fisher"])
+            else:
+                sparsify(model, 0.5, criterion=way, batches=batches)
+    assert model.config.to_dict() == before
 
 
 def test_random_is_seeded_and_differs_between_groups():
