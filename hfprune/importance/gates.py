@@ -265,8 +265,15 @@ def towards_activations(model: PreTrainedModel, checkpointing: bool = False) -> 
     # The graph would hold every weight that was brought; computed again, a layer brings its own.
     again = checkpointing or any(map(is_offloaded, model.modules()))
     layers = recomputing(model) if again else nullcontext()
-    graphs = torch.inference_mode(False)  # there are none in the mode that a caller may be in
-    with graphs, frozen(model), unmarked(model), layers, Lean(), torch.enable_grad():
+    with (
+        torch.inference_mode(False),  # no graphs are made in the mode that a caller may be in
+        frozen(model),
+        uncached(model),
+        unmarked(model),
+        layers,
+        Lean(),
+        torch.enable_grad(),
+    ):
         yield
 
 
@@ -310,16 +317,15 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 @contextmanager
 def unmarked(model: PreTrainedModel) -> Iterator[None]:
-    """As `uncached`, and the labels that the model meets leave no mark: transformers notes in the
+    """The labels that the model meets in the context leave no mark: transformers notes in the
     config which problem the first of them pose, and takes all that follow for the same.
     """
     before = getattr(model.config, "problem_type", None)
-    with uncached(model):
-        try:
-            yield
-        finally:
-            if getattr(model.config, "problem_type", None) != before:
-                model.config.problem_type = before
+    try:
+        yield
+    finally:
+        if getattr(model.config, "problem_type", None) != before:
+            model.config.problem_type = before
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def sampled_loss(model: PreTrainedModel, batch: Batch, seed: int = 0) -> torch.T
             start, end = (side.masked_fill(mask == 0, nothing) for side in (start, end))
         return _drawn_cross_entropy(start, generators) + _drawn_cross_entropy(end, generators)
     logits = _wide(outputs["logits"])
-    if logits.dim() == 2 and (kind := _problem(model, batch)) != "single_label_classification":
+    if logits.dim() == 2 and (kind := problem_of(model, batch)) != "single_label_classification":
         if kind == "regression":
             noise = torch.stack([torch.randn(logits.shape[1], generator=g) for g in generators])
             return F.mse_loss(logits, logits.detach() + noise.to(logits), reduction="sum") / 2
@@ -265,8 +265,8 @@ def _real_tokens(model: PreTrainedModel, batch: Batch, logits: torch.Tensor) -> 
     return padding_mask(model, batch, logits, "decoder inputs" if decodes else "inputs")
 
 
-def _problem(model: PreTrainedModel, batch: Batch) -> str:
-    """What one row of logits stands for, found as transformers finds it."""
+def problem_of(model: PreTrainedModel, batch: Batch) -> str:
+    """What an example's row of logits stands for, found as transformers finds it."""
     labels, told = batch.get("labels"), getattr(model.config, "problem_type", None)
     if told:
         return str(told)
@@ -287,7 +287,7 @@ def terms(model: PreTrainedModel, batch: Batch) -> int:
     if _is_one_of(_CTC, model):
         return 1 if model.config.ctc_loss_reduction == "sum" else examples
     of_tokens = _has_token_labels(model, batch)
-    of_classes = of_tokens or _problem(model, batch) == "single_label_classification"
+    of_classes = of_tokens or problem_of(model, batch) == "single_label_classification"
     if labels is None or not of_classes or (labels.numel() != examples and not of_tokens):
         return examples
     if of_tokens and shifts_labels(model):

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from hfprune.errors import DataError, HfpruneError, UnsupportedModelError, unknown
 from hfprune.importance.batches import Batch, Reads, padding_mask, placed, reads
 from hfprune.importance.diagnosis import check_finite, loss_of
-from hfprune.importance.gates import evaluating, frozen, unmarked
+from hfprune.importance.gates import evaluating, frozen, uncached, unmarked
 from hfprune.importance.losses import Loss, loss_named
 from hfprune.structure.architectures import ROWS
 from hfprune.structure.fitness import check_unadapted
@@ -333,7 +333,7 @@ def _wanda(
                 sums[path] = sums[path] + total if path in sums else total
 
             stack.callback(module.register_forward_pre_hook(watch).remove)
-        with evaluating(model), unmarked(model):
+        with evaluating(model), uncached(model), unmarked(model):
             for number, given in enumerate(batches):
                 index = number
                 batch = placed(given, index, model.device)
@@ -349,7 +349,7 @@ def _taylor(
 ) -> Saliency:
     sums = {path: torch.zeros_like(_rows(module)) for path, module in layers.items()}
     weights = [_weight(module) for module in layers.values()]
-    with frozen(model), unmarked(model), torch.enable_grad():
+    with frozen(model), uncached(model), unmarked(model), torch.enable_grad():
         try:
             for weight in weights:
                 weight.requires_grad_(True)

@@ -14,7 +14,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from hfprune.errors import DataError, RecipeError
-from hfprune.importance.losses import shifts_labels
+from hfprune.importance.losses import problem_of, shifts_labels
 from hfprune.recovery.arguments import DistillationArguments
 from hfprune.recovery.checkpoints import (
     ABSENT,
@@ -244,7 +244,7 @@ class DistillationTrainer(ShardableTrainer):
         if self.args.task_weight:
             parts["task"] = task_loss(student, counted) * scale.targets
         if self.args.logits_weight:
-            problem = getattr(self._student.config, "problem_type", None)
+            problem = problem_of(self._student, inputs)
             loss = logits_loss(student, teacher, counted, self._divergence, problem)
             parts["logits"] = loss * scale.predictions
         if self.args.hidden_weight:

@@ -139,7 +139,7 @@ def logits_loss(
         teacher: the teacher's outputs on the same batch.
         counted: what counts in that batch.
         divergence: how to compare two distributions.
-        problem_type: the `problem_type` of the model's config.
+        problem_type: as in the model's config, of logits of (batch, labels).
 
     Raises:
         DataError: the outputs hold no logits, or the batch does not say which of them count.
@@ -159,7 +159,8 @@ def logits_loss(
     _check_shapes("logits", student["logits"], teacher["logits"], counted.predictions, trailing=1)
     logits_q = student["logits"][counted.predictions]  # (n, classes)
     logits_p = teacher["logits"][counted.predictions]
-    if problem_type == "regression" or logits_q.shape[-1] == 1:
+    of_tokens = student["logits"].dim() == 3
+    if logits_q.shape[-1] == 1 or (problem_type == "regression" and not of_tokens):
         return (logits_q.float() - logits_p.float()).square().mean(-1).sum()
     if problem_type == "multi_label_classification":  # sigmoid(x) = softmax((x, 0))[0]
         logits_q = torch.stack([logits_q, torch.zeros_like(logits_q)], dim=-1)

@@ -295,11 +295,13 @@ def test_span_logits_leave_padding_out(tmp_path):
     )
 
 
-def test_multi_label_and_regression_logits(tmp_path):
-    student, teacher = pair(bert, problem_type="multi_label_classification")
+@pytest.mark.parametrize("told", ["multi_label_classification", None])
+def test_multi_label_and_regression_logits(told, tmp_path):
+    student, teacher = pair(bert, problem_type=told)  # not told, the labels say it
     batch = collate(examples(bert, 4))
-    batch["labels"] = torch.eye(4)[:, :CLASSES]
+    del batch["labels"]
     p, q = ((model(**batch).logits / 2).sigmoid() for model in (teacher, student))
+    batch["labels"] = torch.eye(4)[:, :CLASSES]
     expected = 4 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log())
     torch.testing.assert_close(
         part(student, teacher, batch, tmp_path, "logits"), expected.mean(), rtol=1e-4, atol=1e-7
