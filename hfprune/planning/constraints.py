@@ -44,7 +44,17 @@ class Constraints:
     experts: int | None = None
 
     def __post_init__(self) -> None:
-        if min(self.min_heads, self.min_neurons) < 0 or self.round_to < 1 or self.tolerance <= 0:
+        floors, fewer = (self.min_heads, self.min_neurons), (self.layers or 1, self.experts or 1)
+        if not all(isinstance(count, int) for count in (*floors, self.round_to, *fewer)):
+            raise HfpruneError(
+                "min_heads, min_neurons, round_to, layers and experts must be whole numbers:"
+                f" {self}."
+            )
+        if (
+            min(floors) < 0
+            or self.round_to < 1
+            or not self.tolerance > 0  # nor is that which is no number
+        ):
             raise HfpruneError(
                 "min_heads and min_neurons must be 0 or more, round_to 1 or more, tolerance above"
                 f" 0: {self}."

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ def plan(
 def plan_family(
     model: PreTrainedModel,
     scores: Scores,
-    budgets: str | Sequence[str | Budget | Sequence[str]],
+    budgets: str | Budget | Sequence[str | Budget | Sequence[str]],
     criterion: str = "reconstruction",
     constraints: Constraints | None = None,
     tokens: int | Sequence[int] | None = None,
@@ -94,7 +95,8 @@ def plan_family(
         model: the model that was scored.
         scores: from `hfprune.score`.
         budgets: in any order, such as ["macs=80%", "macs=60%", "macs=40%"]; all limit the same
-            resources, and of any two one is the smaller by every limit. A single text is one.
+            resources, and of any two one is the smaller by every limit. A text, or a
+            `Budget`, is a single one.
         criterion: by which importance.
         constraints: of all plans.
         tokens: as for `plan`.
@@ -118,7 +120,7 @@ def plan_family(
             f"These scores hold nothing for {missing[0]}: they were measured by an hfprune that did"
             " not know such units. Score this model again."
         )
-    each = [budgets] if isinstance(budgets, str) else budgets
+    each = [budgets] if isinstance(budgets, str | Budget) else budgets
     asked = [Budget.parse(budget) for budget in each]
     falling = _falling(asked)
     _check_tokens(tokens)
@@ -143,8 +145,8 @@ def plan_family(
 
 def _check_tokens(tokens: int | Sequence[int] | None) -> None:
     each = tokens if isinstance(tokens, Sequence) else [1 if tokens is None else tokens]
-    if not all(count >= 1 for count in each):
-        raise HfpruneError(f"tokens must be 1 or more, not {tokens}.")
+    if not all(isinstance(count, Real) and count >= 1 for count in each):
+        raise HfpruneError(f"tokens must be 1 or more, not {tokens!r}.")
 
 
 def _nested(

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from test_solve import kept, scored
 
 from hfprune.errors import BudgetError
+from hfprune.planning.budget import Budget
 from hfprune.planning.constraints import Constraints
 from hfprune.planning.solve import plan, plan_family
 from hfprune.structure.surgery import copy_and_cut
@@ -98,6 +99,13 @@ def test_several_limits_and_what_is_no_family():
             plan_family(model, scores, wrong)
     with pytest.raises(BudgetError, match="one budget at least"):
         plan_family(model, scores, [])
+
+
+@pytest.mark.parametrize("budget", ["macs=60%", Budget.parse("macs=60%")])
+def test_a_single_budget_is_a_family_of_one(budget):
+    model = MODELS["bert"]
+    scores = scored(model)
+    assert plan_family(model, scores, budget) == [plan(model, scores, budget)]
 
 
 def test_equal_budgets_explain_themselves_alike():

@@ -577,11 +577,19 @@ def test_a_budget_of_macs_holds_where_encoder_and_decoder_read_unequally_many_to
         {"min_neurons": -2},
         {"round_to": 0},
         {"tolerance": 0},
+        {"tolerance": float("nan")},
     ],
 )
 def test_constraints_that_make_no_sense(wrong):
     with pytest.raises(HfpruneError, match="must be 0 or more"):
         Constraints(**wrong)
+
+
+@pytest.mark.parametrize("name", ["min_heads", "min_neurons", "round_to", "layers", "experts"])
+@pytest.mark.parametrize("wrong", ["2", 1.5])
+def test_constraints_that_are_no_whole_numbers(name, wrong):
+    with pytest.raises(HfpruneError, match="must be whole numbers"):
+        Constraints(**{name: wrong})
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen3", "bert", "bart", "clip", "gpt_bigcode"])
@@ -898,7 +906,7 @@ def test_what_keeps_a_budget_from_being_met_is_named(options, relax):
         plan(model, scored(model), "params=66.61%", constraints=constraints)
 
 
-@pytest.mark.parametrize("tokens", [0, -5, (9, 0)])
+@pytest.mark.parametrize("tokens", [0, -5, (9, 0), "9", (9, "9")])
 def test_tokens_of_no_example(tokens):
     model = tiny.model("t5" if isinstance(tokens, tuple) else "bert")
     with pytest.raises(HfpruneError, match="tokens must be 1 or more"):
