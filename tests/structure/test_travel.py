@@ -100,6 +100,21 @@ def test_the_stock_trainer_trains_and_resumes(family, tmp_path):
     assert structure["lineage"] == [{"budget": "first"}, {"budget": "second"}]
 
 
+def test_what_a_folder_s_own_code_loaded_is_pruned_again_and_saved(tmp_path):
+    """Its class is made of the folder's copy, and the stock class lies below that."""
+    model = tiny.model("t5")
+    name = "decoder.block.1.layer.1.EncDecAttention"
+    copy_and_cut(model, {name: (1, 2, 3)}).save_pretrained(tmp_path / "once")
+    auto = transformers.AutoModelForSeq2SeqLM
+    loaded = auto.from_pretrained(tmp_path / "once", trust_remote_code=True)
+    twice = copy_and_cut(loaded, {name: (1, 2)})
+    assert type(twice) is type(copy_and_cut(model, {name: (2, 3)}))
+    twice.save_pretrained(tmp_path / "twice")
+    again = hfprune.from_pretrained(tmp_path / "twice")
+    for one, other in zip(twice.parameters(), again.parameters(), strict=True):
+        assert one.equal(other)
+
+
 @pytest.mark.parametrize(
     "family",
     [
