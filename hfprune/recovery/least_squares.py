@@ -50,8 +50,9 @@ class NormalEquations:
         each = weights.to(wide).sqrt()[:, None]
         x = torch.cat([inputs.to(wide) * each, each], dim=1)
         y = targets.to(wide) * each
-        self.inputs += x.T @ x
-        self.cross += x.T @ y
+        with torch.autocast(x.device.type, enabled=False):
+            self.inputs += x.T @ x
+            self.cross += x.T @ y
         self.targets += float(y.double().square().sum())
         self.count += len(x)
 

@@ -25,6 +25,7 @@ def write_rows(linear: nn.Module, rows: torch.Tensor) -> None:
     weight.copy_(rows[:-1] if axis_of(linear, 1) == 0 else rows[:-1].T)
     if has_bias(linear):
         linear.bias.copy_(rows[-1])  # type: ignore[operator]
+    torch.clear_autocast_cache()  # autocast would go on with the old ones
 
 
 def put_back(modules: Iterable[nn.Module]) -> Callable[[], None]:
@@ -34,6 +35,7 @@ def put_back(modules: Iterable[nn.Module]) -> Callable[[], None]:
     def restore() -> None:
         for module, state in before:
             module.load_state_dict(state)
+        torch.clear_autocast_cache()
 
     return restore
 

@@ -240,6 +240,20 @@ def test_bfloat16(family):
     assert error(refitted, dense, data) < error(pruned, dense, data)
 
 
+def test_autocast_around_it_does_not_go_on_with_the_old_weights():
+    dense = tiny.model("llama")
+    data, keep = batches(dense), uneven(Anatomy.of(dense))
+    pruned = copy_and_cut(dense, keep)
+    plainly = compensate(dense, copy_and_cut(dense, keep), data, keep)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        tiny.outputs(pruned, data[0])  # autocast keeps its copies of the weights
+        compensate(dense, pruned, data, keep)
+        inside = tiny.outputs(pruned, data[0])
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert inside.equal(tiny.outputs(pruned, data[0]))
+    assert error(pruned, dense, data) < 1.02 * error(plainly, dense, data)
+
+
 def test_no_bias_is_made():
     dense = tiny.model("llama")
     pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))

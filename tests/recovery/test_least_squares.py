@@ -38,6 +38,14 @@ def test_error_is_that_of_the_positions() -> None:
     assert counted(x, y).error(weights) == pytest.approx(mean_error(x, y, weights))
 
 
+def test_autocast_does_not_round_the_products() -> None:
+    x, y = random(40, COLUMNS, seed=0).float(), random(40, OUTPUTS, seed=1).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = counted(x, y)
+    assert inside.inputs.equal(counted(x, y).inputs)
+    assert inside.cross.equal(counted(x, y).cross)
+
+
 def test_a_weight_counts_as_so_many_positions() -> None:
     x, y = random(40, COLUMNS, seed=0), random(40, OUTPUTS, seed=1)
     times = torch.arange(40) % 3
