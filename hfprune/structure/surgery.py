@@ -84,6 +84,7 @@ def cut(
     return adopt(model, plan_summary)
 
 
+@torch.inference_mode(False)  # of a tensor made in that mode nothing could be learnt any more
 def copy_and_cut(
     model: PreTrainedModel,
     selection: Selection,

@@ -1,0 +1,33 @@
+"""All of it in one call, wherever it is called."""
+
+import pytest
+import tiny
+import torch
+
+import hfprune
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    return tiny.model("vit", "AutoModelForImageClassification")
+
+
+def images(count: int = 3) -> list[dict[str, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(0)
+    return [
+        {
+            "pixel_values": torch.randn(4, 3, 16, 16, generator=draw),
+            "labels": torch.randint(2, (4,), generator=draw),
+        }
+        for _ in range(count)
+    ]
+
+
+def test_in_inference_mode_it_is_the_same_and_learns_after(model: torch.nn.Module) -> None:
+    outside = hfprune.prune(model, images(), "params=60%")
+    with torch.inference_mode():
+        inside = hfprune.prune(model, images(), "params=60%")
+    for one, other in zip(inside.parameters(), outside.parameters(), strict=True):
+        assert one.equal(other)
+    inside(**images(1)[0]).loss.backward()
+    assert all(parameter.grad is not None for parameter in inside.vit.layers.parameters())
