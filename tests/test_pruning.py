@@ -31,3 +31,11 @@ def test_in_inference_mode_it_is_the_same_and_learns_after(model: torch.nn.Modul
         assert one.equal(other)
     inside(**images(1)[0]).loss.backward()
     assert all(parameter.grad is not None for parameter in inside.vit.layers.parameters())
+
+
+def test_what_made_the_batches_is_left_alone(model: torch.nn.Module) -> None:
+    """Its graph lasts for one backward pass, and there are two: of scoring and of compensation."""
+    contrast = torch.ones((), requires_grad=True)
+    made = [batch | {"pixel_values": batch["pixel_values"] * contrast} for batch in images()]
+    hfprune.prune(model, made, "params=60%")
+    assert contrast.grad is None

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hfprune.errors import DataError
-from hfprune.importance.batches import Batch, by_example, padding_mask, reads
+from hfprune.importance.batches import Batch, by_example, padding_mask, placed, reads
 from hfprune.importance.gates import output_gradients, towards_activations
 from hfprune.importance.losses import is_token_level, logits_loss
 from hfprune.structure.anatomy import Anatomy, Group
@@ -51,8 +51,8 @@ def token_weights(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Weig
 
     watching = output_gradients(model, Anatomy.of(model), receive)
     with towards_activations(model), watching:
-        for given in tqdm(batches, "weighing tokens", delay=2, leave=False):
-            batch = {name: tensor.to(model.device) for name, tensor in given.items()}
+        for index, given in enumerate(tqdm(batches, "weighing tokens", delay=2, leave=False)):
+            batch = placed(given, index, model.device)
             weights.append({})
             try:
                 logits_loss(model, batch).backward()
