@@ -148,10 +148,10 @@ def prune(
     Raises:
         HfpruneError: and its children, as `score`, `plan` and `remove` do.
     """
-    limits, constraints = Budget.parse(budget), constraints or Constraints()
-    dense = model if isinstance(model, PreTrainedModel) else from_pretrained(model)
-    constraints.check(dense)
+    asked, within = Budget.parse(budget), constraints or Constraints()
+    dense = from_pretrained(model) if isinstance(model, str | os.PathLike) else model
+    within.check(dense)
     calibration = list(batches)
     scores = score(dense, calibration, [criterion])
-    made = plan(dense, scores, limits, criterion, constraints)
+    made = plan(dense, scores, asked, criterion, within)
     return remove(dense, made, compensate=calibration)

@@ -96,18 +96,3 @@ def test_a_selection_that_cannot_be_is_not_previewed() -> None:
         wrong = dataclasses.replace(made, keep={**made.keep, name: units})
         with pytest.raises(HfpruneError, match="must be distinct"), hfprune.masked(model, wrong):
             pass
-
-
-@pytest.mark.parametrize(
-    ("budget", "constraints", "says"),
-    [
-        ("mac=50%", None, "Did you mean 'macs'"),
-        ("macs=50%", hfprune.Constraints(protect=("encoder.layer.7",)), "Unknown name in protect"),
-    ],
-)
-def test_prune_refuses_a_plan_that_cannot_be_before_it_scores(
-    budget, constraints, says, monkeypatch
-) -> None:
-    monkeypatch.setattr("hfprune.pruning.score", lambda *_: pytest.fail("scored"))
-    with pytest.raises(HfpruneError, match=says):
-        hfprune.prune(classifier(), labelled(1, seed=0), budget, constraints=constraints)

@@ -5,6 +5,7 @@ import tiny
 import torch
 
 import hfprune
+from hfprune.errors import HfpruneError
 
 
 @pytest.fixture
@@ -39,3 +40,19 @@ def test_what_made_the_batches_is_left_alone(model: torch.nn.Module) -> None:
     made = [batch | {"pixel_values": batch["pixel_values"] * contrast} for batch in images()]
     hfprune.prune(model, made, "params=60%")
     assert contrast.grad is None
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"budget": "mac=50%"}, "Unknown budget 'mac'"),
+        ({"constraints": hfprune.Constraints(protect=("layer.0",))}, "Unknown name in protect"),
+        ({"model": torch.nn.Linear(2, 2)}, "A Linear is not a transformers model"),
+    ],
+)
+def test_what_cannot_be_is_named_before_any_work(
+    model: torch.nn.Module, given: dict, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hfprune.pruning.score", None)
+    with pytest.raises(HfpruneError, match=says):
+        hfprune.prune(**{"model": model, "batches": images(), "budget": "params=60%"} | given)
