@@ -78,8 +78,8 @@ def compensate(
         The pruned model.
 
     Raises:
-        DataError: there are no batches, one is none (it names it) or all are padding, or an
-            outlet's inputs or target are not finite in one (it names both).
+        DataError: there are no batches, one is none (it names it), all are padding or leave a tower
+            out, or an outlet's inputs or target are not finite in one (it names both).
         HfpruneError: the pruned model is not of the dense one; layers went, or units are refitted
             by scores, and `kept` does not say which, or says what cannot be; scores of a model of
             another structure, or without moments.

@@ -82,8 +82,8 @@ def refit_inlets(
         origin: of the pruned model, which knows the group's units.
         group: in the pruned model.
         calls: of its layer.
-        read: what the dense inlets read in each batch.
-        counts: per batch, (positions,) what each counts.
+        read: what the dense inlets read in each call.
+        counts: per call, (positions,) what each counts.
     """
     twin, units = origin.twin(group), origin.units(group)
     theirs, ours = inlets_of(origin.dense, twin), inlets_of(origin.pruned, group)
@@ -91,17 +91,17 @@ def refit_inlets(
         return
     rows = kept_rows(slices(origin.dense, twin), units, twin.kv_of(units))
     sums: dict[tuple[str, ...], tuple[NormalEquations, NormalEquations]] = {}
-    for batch, call in enumerate(calls):
+    for number, call in enumerate(calls):
         with reading(origin.pruned, group, call, stop=True) as now, suppress(Reached):
             call.run(layer_of(origin.pruned, group), group.layer)
-        for paths in now.keys() & read[batch].keys():
-            both = torch.cat([now[paths], read[batch][paths]], dim=1)
+        for paths in now.keys() & read[number].keys():
+            both = torch.cat([now[paths], read[number][paths]], dim=1)
             empty = both.new_zeros(both.shape[1] + 1, 0, dtype=torch.float64)
             pair = sums.setdefault(
                 paths, (NormalEquations.like(empty), NormalEquations.like(empty))
             )
             for equations, where in zip(pair, (~call.held, call.held), strict=True):
-                equations.add(both[where], both[where, :0], counts[batch][where])
+                equations.add(both[where], both[where, :0], counts[number][where])
     while sums:  # one pair of moments, the largest matrices here, at a time
         paths, (fit, held) = sums.popitem()
         chosen = {}

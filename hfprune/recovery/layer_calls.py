@@ -27,6 +27,7 @@ class LayerCall:
     """How the layers of a stack are called in one batch.
 
     Attributes:
+        batch: which one.
         hidden: the hidden state that goes into the next layer.
         rest: per layer, its arguments after the hidden state, and those by name.
         added: per layer, what the model adds to the hidden state before it: features of an image in
@@ -35,6 +36,7 @@ class LayerCall:
         held: (positions,) of those that are not padding, which belong to held-out examples.
     """
 
+    batch: int
     hidden: torch.Tensor
     rest: Arguments
     added: list[torch.Tensor | None]
@@ -71,7 +73,8 @@ class Reached(Exception):
 
 
 def layer_calls(model: PreTrainedModel, layers: str, batches: Sequence[Batch]) -> list[LayerCall]:
-    """How each layer of a stack is called in every batch, before any of them has run.
+    """How each layer of a stack is called in every batch, before any of them has run; batches that
+    do not reach the stack, such as texts the tower of images, are left out.
 
     Args:
         model: dense or pruned.
@@ -79,27 +82,29 @@ def layer_calls(model: PreTrainedModel, layers: str, batches: Sequence[Batch]) -
         batches: what the model is called with.
     """
     modules = list(model.base_model.get_submodule(layers).children())
-    idle = _may_idle(model, modules, batches[0])
+    idle = False
     calls: list[LayerCall] = []
     examples = 0
-    for batch in batches:
-        passed = _pass(model, modules, batch, idle)
-        hidden = passed.entered[0]
-        here = examples_in(batch)
-        held = _held_out(hidden[..., 0].flatten(), here, examples)
-        if (mask := padding_mask(model, batch, hidden, reads(model, layers))) is not None:
-            mask = mask.to(hidden.device).bool()
-            held = held[mask.flatten()]
-        calls.append(LayerCall(hidden, passed.rest, passed.added, mask, held))
+    for number, batch in enumerate(batches):
+        passed, here = _pass(model, modules, batch, idle), examples_in(batch)
+        if passed.entered:
+            idle = idle if calls else _may_idle(model, modules, batch, passed)
+            hidden = passed.entered[0]
+            held = _held_out(hidden[..., 0].flatten(), here, examples)
+            if (mask := padding_mask(model, batch, hidden, reads(model, layers))) is not None:
+                mask = mask.to(hidden.device).bool()
+                held = held[mask.flatten()]
+            calls.append(LayerCall(number, hidden, passed.rest, passed.added, mask, held))
         examples += here
     return calls
 
 
-def _may_idle(model: PreTrainedModel, modules: Sequence[nn.Module], batch: Batch) -> bool:
+def _may_idle(
+    model: PreTrainedModel, modules: Sequence[nn.Module], batch: Batch, really: _Pass
+) -> bool:
     """Whether the layers hand on nothing but hidden states, and what else they are called with does
     not depend on these: then nothing needs to be computed to learn it. So it is in most families.
     """
-    really = _pass(model, modules, batch)
     if not all(isinstance(output, torch.Tensor) for output in really.left):
         return False
     idle = _pass(model, modules, batch, idle=True)

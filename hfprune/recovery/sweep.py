@@ -37,7 +37,7 @@ features, before the outlet is spared the stream's error there: it would grow ou
 
 @dataclass
 class _Target:
-    """What an outlet should give, and what its inlets should see, one tensor for every batch.
+    """What an outlet should give, and what its inlets should see, one tensor for every call.
 
     Attributes:
         read: by the dense inlets, if they are to be refitted.
@@ -52,12 +52,12 @@ class _Target:
     outputs: list[torch.Tensor] = field(default_factory=list)
     unscaled: list[torch.Tensor] = field(default_factory=list)
 
-    def wanted(self, batch: int, stream: torch.Tensor) -> torch.Tensor:
+    def wanted(self, call: int, stream: torch.Tensor) -> torch.Tensor:
         """The output that would give the dense sum with the pruned model's own stream."""
-        joining = self.sums[batch] - stream
+        joining = self.sums[call] - stream
         if not self.unscaled:
             return joining
-        return self.outputs[batch] + joining * self.unscaled[batch]
+        return self.outputs[call] + joining * self.unscaled[call]
 
 
 def sweep(origin: Origin, batches: Sequence[Batch], weights: Sequence[Weights], bar: tqdm) -> None:
@@ -70,7 +70,8 @@ def sweep(origin: Origin, batches: Sequence[Batch], weights: Sequence[Weights], 
         bar: moves on with every group.
 
     Raises:
-        DataError: an outlet's inputs or target are not finite in a batch (it names both).
+        DataError: no batch reaches a stack that changed, or all are padding there, or an outlet's
+            inputs or target are not finite in one (it names both).
     """
     # Where every token counts alike, as in language models, inlets won nothing (docs/recovery.md).
     inlets = any(weights)
@@ -80,6 +81,11 @@ def sweep(origin: Origin, batches: Sequence[Batch], weights: Sequence[Weights], 
             continue
         ours = layer_calls(origin.pruned, stack.layers, batches)
         theirs = layer_calls(origin.dense, stack.layers, batches)
+        if not ours:
+            raise DataError(
+                f"No calibration batch reaches {stack.layers}: give some that do, with images for a"
+                " tower that reads them."
+            )
         if not any(len(call.held) for call in ours):
             raise DataError("The calibration batches are all padding.")
         layers = origin.layers[index]
@@ -105,8 +111,10 @@ def sweep(origin: Origin, batches: Sequence[Batch], weights: Sequence[Weights], 
                 if layer >= changed[0].layer:
                     name = origin.twin(group).name
                     counts = [
-                        weight.get(name, torch.ones_like(call.held, dtype=torch.float32))
-                        for weight, call in zip(weights, ours, strict=True)
+                        weights[call.batch].get(
+                            name, torch.ones_like(call.held, dtype=torch.float32)
+                        )
+                        for call in ours
                     ]
                     place = _Place(origin, group, ours, junction, target, counts)
                     # Before the first cut the stream is the dense one.
@@ -161,7 +169,7 @@ class _Place:
         calls: of its layer.
         junction: its outlet's way to the stream.
         target: what outlet and inlets should give.
-        counts: per batch, (positions,) what each counts.
+        counts: per call, (positions,) what each counts.
     """
 
     origin: Origin
@@ -208,18 +216,18 @@ class _Place:
         outlet = outlet_of(pruned, group)
         current = as_rows(outlet)
         fit, held = NormalEquations.like(current), NormalEquations.like(current)
-        for batch, call in enumerate(self.calls):
+        for number, call in enumerate(self.calls):
             watching = watch(pruned, group, self.junction, call, stop=True)
             with watching as found, suppress(Reached):
                 call.run(layer_of(pruned, group), group.layer)
             [seen] = found
-            wanted = self.target.wanted(batch, seen.sum - seen.joined)
+            wanted = self.target.wanted(number, seen.sum - seen.joined)
             for equations, where in ((fit, ~call.held), (held, call.held)):
-                equations.add(seen.input[where], wanted[where], self.counts[batch][where])
+                equations.add(seen.input[where], wanted[where], self.counts[number][where])
             if not (fit.is_finite() and held.is_finite()):
                 raise DataError(
                     f"{group.outlet}: its inputs, or what it should give, are not finite in"
-                    f" calibration batch {batch}."
+                    f" calibration batch {call.batch}."
                 )
         chosen = best_fit(fit, held, current, group.units, has_bias(outlet))
         error = held.error(chosen(fit))

@@ -416,6 +416,33 @@ def test_labels_are_not_read():
     assert_close_models(compensate(dense, pruned, wrong), one, rtol=0, atol=0)
 
 
+def test_batches_without_images_say_nothing_of_their_tower():
+    dense = tiny.model("llava")
+    shown = [tiny.batch(dense, seed=seed) for seed in range(6)]
+    texts = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in shown]
+    for batch in texts:
+        batch["input_ids"] = batch["input_ids"].where(batch["input_ids"] < tiny.VOCABULARY - 1, 3)
+    keep = {
+        name: units
+        for name, units in uneven(Anatomy.of(dense)).items()
+        if name.startswith("vision_tower")
+    }
+
+    def compensated(data):
+        return compensate(dense, copy_and_cut(dense, keep), data, keep)
+
+    mixed = compensated([b for pair in zip(texts, shown, strict=True) for b in pair])
+
+    def error(model):
+        with torch.no_grad():
+            pairs = [(tiny.outputs(model, b), tiny.outputs(dense, b)) for b in shown]
+        return sum(float((one - other).square().sum()) for one, other in pairs)
+
+    assert error(mixed) < 0.5 * error(copy_and_cut(dense, keep))
+    with pytest.raises(DataError, match=r"No calibration batch reaches vision_tower\.encoder"):
+        compensated(texts)
+
+
 def test_no_batches():
     dense = tiny.model("bert")
     pruned = copy_and_cut(dense, uneven(Anatomy.of(dense)))
