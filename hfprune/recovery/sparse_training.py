@@ -65,7 +65,8 @@ class GradualSparsity(TrainerCallback):
 
     The share of zeros rises fast at first and slowly at the end, 1 - (1 - t)^3 of the target (Zhu
     and Gupta 2017, "To prune, or not to prune", arXiv:1710.01878). What is zero stays zero, and a
-    resumed run goes on where it was.
+    resumed run goes on where it was. With `load_best_model_at_end`, only checkpoints from the last
+    rise on compete: those before have fewer zeros.
 
     Attributes:
         sparsity: which weights stay; None before the first rise.
@@ -119,6 +120,8 @@ class GradualSparsity(TrainerCallback):
         step = state.global_step + 1  # the Trainer counts the step after this event
         if self._schedule.due(step, state.max_steps):
             self._rise(kwargs["model"], step, state.max_steps)
+        if step == self._schedule.last(state.max_steps):
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     def _rise(self, model: PreTrainedModel, step: int, steps: int) -> None:
         share = cubic(self._schedule.progress(step, steps), 0.0, self._target)

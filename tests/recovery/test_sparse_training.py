@@ -6,7 +6,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hfprune.errors import HfpruneError, UnsupportedModelError
-from hfprune.importance.sparsity import sparsify
+from hfprune.importance.sparsity import Sparsity, sparsify
 from hfprune.recovery.schedule import Schedule
 from hfprune.recovery.sparse_training import GradualSparsity, KeepSparse
 
@@ -28,7 +28,7 @@ class Watch(TrainerCallback):
         self.zeros.append(count / sum(g.numel() for g in gone.values()))
 
 
-def train(model, folder, *callbacks, steps=20, **options):
+def train(model, folder, *callbacks, steps=20, judge=None, **options):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, tiny.VOCABULARY, (16, 8), generator=generator)
     settings = {
@@ -43,10 +43,13 @@ def train(model, folder, *callbacks, steps=20, **options):
         "save_strategy": "no",
         **options,
     }
+    rows = [{"input_ids": row, "labels": row} for row in ids]
     trainer = Trainer(
         model,
         TrainingArguments(**settings),
-        train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+        train_dataset=rows,
+        eval_dataset=rows[:2],
+        compute_metrics=judge,
         callbacks=list(callbacks),
     )
     return trainer
@@ -122,6 +125,21 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(tmp_path):
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert one.eq(0).equal(other.eq(0))
         torch.testing.assert_close(one, other)
+
+
+def test_only_checkpoints_with_all_zeros_compete(tmp_path):
+    model, qualities = tiny.model("llama"), iter([0.9, 0.8, 0.3, 0.4, 0.2])
+    gradual = GradualSparsity(0.8, schedule=Schedule(end=0.5, every=2))
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "quality"}
+    often = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = train(
+        model, tmp_path, gradual, steps=10, judge=lambda _: {"quality": next(qualities)},
+        **best, **often,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_global_step == 8
+    zeros = Sparsity.of(model)
+    assert zeros.zeros / zeros.weights == pytest.approx(0.8, abs=1e-3)
 
 
 @pytest.mark.parametrize("target", [0, 1, 80])
