@@ -44,13 +44,16 @@ class StartCompetes(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
     ) -> None:
-        """Evaluate and save the model, unless the run goes on from a checkpoint."""
-        if state.global_step or state.best_metric is not None:
-            return
+        """Evaluate and save the model; or find the best of a run that goes on where its folder is
+        now, which may have moved.
+        """
         trainer = self._trainer
-        if trainer._determine_best_metric(trainer.evaluate(), trial=None):
-            start = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-0"
-            state.best_model_checkpoint = str(start)
+        if state.global_step or state.best_metric is not None:
+            best = _checkpoint(args.output_dir, state.best_global_step)
+            if best.is_dir():
+                state.best_model_checkpoint = str(best)
+        elif trainer._determine_best_metric(trainer.evaluate(), trial=None):
+            state.best_model_checkpoint = str(_checkpoint(args.output_dir, 0))
             trainer._save_checkpoint(trainer.model_wrapped, trial=None)
 
     def on_train_end(
@@ -67,6 +70,10 @@ class StartCompetes(TrainerCallback):
             logger.info(
                 "Kept the model as it was before training (%s): no checkpoint beat it.", found
             )
+
+
+def _checkpoint(output_dir: str | None, step: int | None) -> Path:
+    return Path(output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
 def step_of(checkpoint: str | Path) -> int:

@@ -883,6 +883,21 @@ def test_the_start_competes_also_in_a_run_that_goes_on(metric, killed_at, tmp_pa
     assert same == (metric == "near")
 
 
+def test_the_best_is_found_where_the_folder_has_moved(tmp_path):
+    student, _ = pair(vit)
+    start, accuracies = weights(student), iter([0.9, 0.1, 0.2, 0.3, 0.4])
+
+    def judge(prediction):
+        return {"accuracy": next(accuracies)}
+
+    with pytest.raises(KeyboardInterrupt):
+        judged(student, tmp_path / "before", judge, callbacks=[At(5, stop)])()
+    (tmp_path / "before").rename(tmp_path / "after")
+    ended = judged(student, tmp_path / "after", judge, resume=True)()
+    assert ended.metrics["kept_step"] == 0
+    assert_close(weights(student), start, rtol=0, atol=0)
+
+
 # Bad input ------------------------------------------------------------------------------------
 
 
