@@ -65,8 +65,7 @@ def labels_loss(model: PreTrainedModel, batch: Batch, seed: int = 0) -> torch.Te
             " loss. Give labels, or score with loss='sampled', which needs none."
         )
     if _has_token_labels(model, batch) and shifts_labels(model):
-        foretold = batch["labels"].masked_fill(_after_padding(batch, batch["labels"]), IGNORED)
-        batch = {**batch, "labels": foretold}
+        batch = {**batch, "labels": foretold(batch)}
     try:
         outputs = model(**batch)
     except IndexError:
@@ -242,6 +241,11 @@ def _counted(model: PreTrainedModel, batch: Batch, logits: torch.Tensor) -> torc
         return labels != IGNORED
     mask = _real_tokens(model, batch, logits)
     return torch.ones_like(logits[..., 0]).bool() if mask is None else mask.bool()
+
+
+def foretold(batch: Batch) -> torch.Tensor:
+    """A decoder's labels without those that padding would predict."""
+    return batch["labels"].masked_fill(_after_padding(batch, batch["labels"]), IGNORED)
 
 
 def _after_padding(batch: Batch, tokens: torch.Tensor) -> torch.Tensor:

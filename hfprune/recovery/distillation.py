@@ -14,7 +14,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from hfprune.errors import DataError, RecipeError
-from hfprune.importance.losses import problem_of, shifts_labels
+from hfprune.importance.losses import foretold, problem_of, shifts_labels
 from hfprune.recovery.arguments import DistillationArguments
 from hfprune.recovery.checkpoints import (
     ABSENT,
@@ -230,6 +230,8 @@ class DistillationTrainer(ShardableTrainer):
         scale = Counted(*(self.accelerator.num_processes / totals.clamp(min=1)))  # type: ignore[union-attr]
 
         rows = inputs.pop(ROW, None)
+        if self._shifted and "labels" in inputs:
+            inputs = {**inputs, "labels": foretold(inputs)}
         given = inputs if self.args.task_weight else self._unlabelled(inputs)
         with outputs_of(self._student_outlets) as student_outlets:
             student = model(**given, **self._wanted)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hfprune.errors import DataError, RecipeError, unknown
 from hfprune.importance.batches import IGNORED
+from hfprune.importance.losses import foretold
 
 DivergenceKind = Literal["forward", "reverse", "skewed"]
 DistanceKind = Literal["cosine", "mse"]
@@ -44,6 +45,7 @@ class Counted(NamedTuple):
 
         Token-level integer labels count where they are not -100; one label per example, or none,
         makes every example a prediction; `attention_mask` says which positions are not padding.
+        Padding on the left predicts nothing: what counts does not depend on the longest of a batch.
 
         Args:
             batch: the keyword arguments of the model's forward.
@@ -62,7 +64,7 @@ class Counted(NamedTuple):
         if labels.dim() == 1:
             return cls(labels != IGNORED, examples, positions, examples)
         if shifted:
-            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+            labels = F.pad(foretold(batch)[:, 1:], (0, 1), value=IGNORED)
         return cls(labels != IGNORED, labels != IGNORED, positions, examples)
 
     def sizes(self) -> Tensor:

@@ -30,7 +30,7 @@ from hfprune.recovery.losses import Counted
 ROW = "teacher_row"
 """The key of a batch that says which rows of the training set it holds: int64, (batch,)."""
 
-_VERSION = 1
+_VERSION = 2
 _BATCH = 16
 _META = "cache.json"
 

@@ -593,6 +593,27 @@ def test_parts_are_means_over_the_logging_interval(tmp_path):
         assert log["loss"] == pytest.approx(mixed, rel=1e-5)
 
 
+def test_padding_on_the_left_teaches_what_padding_on_the_right_does(tmp_path):
+    def on_the_left(rows):
+        batch = collate(rows)
+        shifts = (batch["attention_mask"] == 0).sum(1).tolist()
+        return {
+            name: torch.stack([row.roll(shift) for row, shift in zip(values, shifts, strict=True)])
+            for name, values in batch.items()
+        }
+
+    rows = [row | {"labels": row["input_ids"]} for row in examples(llama, 8)]
+    found = []
+    for pad, accumulation in ((collate, 1), (on_the_left, 1), (on_the_left, 4)):
+        student, teacher = pair(llama)
+        changes = {"gradient_accumulation_steps": accumulation, "max_steps": 1}
+        args = arguments(tmp_path, per_device_train_batch_size=8 // accumulation, **changes)
+        DistillationTrainer(student, teacher, args, train_dataset=rows, data_collator=pad).train()
+        found.append(weights(student))
+    assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    assert_close(found[2], found[0], rtol=1e-4, atol=1e-6)
+
+
 def test_a_batch_without_a_single_label_adds_nothing(tmp_path):
     """Prompt masking and truncation can leave one of the accumulated batches without targets."""
     rows = examples(llama, 8)
