@@ -289,7 +289,7 @@ def terms(model: PreTrainedModel, batch: Batch) -> int:
     """How many terms the model's loss is the mean of: labelled examples or tokens; 1 of a sum."""
     labels, examples = batch.get("labels"), examples_in(batch)
     if _is_one_of(_CTC, model):
-        return 1 if model.config.ctc_loss_reduction == "sum" else examples
+        return 1 if sums_examples(model) else examples
     of_tokens = _has_token_labels(model, batch)
     of_classes = of_tokens or problem_of(model, batch) == "single_label_classification"
     if labels is None or not of_classes or (labels.numel() != examples and not of_tokens):
@@ -302,7 +302,7 @@ def terms(model: PreTrainedModel, batch: Batch) -> int:
 def _has_token_labels(model: PreTrainedModel, batch: Batch) -> bool:
     """Whether the labels name a class for every token (language models, token classification)."""
     labels = batch.get("labels")
-    if labels is None or _is_one_of(_EXAMPLE_LEVEL, model):
+    if labels is None or answers_once(model):
         return False
     return labels.dim() == 2 and not labels.is_floating_point()
 
@@ -317,6 +317,16 @@ def is_token_level(model: PreTrainedModel, batch: Batch) -> bool:
 def shifts_labels(model: PreTrainedModel) -> bool:
     """Whether the loss compares each position with the next label, as decoders' losses do."""
     return _is_one_of(_CAUSAL, model)
+
+
+def answers_once(model: PreTrainedModel) -> bool:
+    """Whether the loss is of examples, whatever shape their labels come in."""
+    return _is_one_of(_EXAMPLE_LEVEL, model)
+
+
+def sums_examples(model: PreTrainedModel) -> bool:
+    """Whether the model's loss is a sum over the examples, where others are means."""
+    return _is_one_of(_CTC, model) and bool(model.config.ctc_loss_reduction == "sum")
 
 
 def _is_one_of(classes: Set[object], model: PreTrainedModel) -> bool:

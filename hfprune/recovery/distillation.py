@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,13 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from hfprune.errors import DataError, RecipeError
-from hfprune.importance.losses import foretold, problem_of, shifts_labels
+from hfprune.importance.losses import (
+    answers_once,
+    foretold,
+    problem_of,
+    shifts_labels,
+    sums_examples,
+)
 from hfprune.recovery.arguments import DistillationArguments
 from hfprune.recovery.checkpoints import (
     ABSENT,
@@ -72,7 +79,8 @@ class DistillationTrainer(ShardableTrainer):
     Exactness: every part is a mean over what it counts (labels that are not -100, examples, or
     positions that are not padding) in the whole accumulated batch of all processes. So N
     accumulated batches, or N processes, give the loss and gradients of one batch of the same
-    samples, also when they hold unequal numbers of tokens. One exception: question answering counts
+    samples, also when they hold unequal numbers of tokens. A loss that is a sum over the examples,
+    as that of CTC may be, is divided by their number. One exception: question answering counts
     examples, and the model's own loss skips answers outside the window.
 
     Args:
@@ -159,7 +167,10 @@ class DistillationTrainer(ShardableTrainer):
         self._encoder = (
             set(student.get_encoder().modules()) if student.config.is_encoder_decoder else set()
         )
-        self._shifted = shifts_labels(student)
+        self._shifted, self._summed = shifts_labels(student), sums_examples(student)
+        self._counted = functools.partial(
+            Counted.of, shifted=self._shifted, once=answers_once(student)
+        )
         self._headless = has_no_head(student)
         # Then evaluation asks compute_loss for a loss although there are no labels.
         self.can_return_loss |= self._headless
@@ -197,7 +208,7 @@ class DistillationTrainer(ShardableTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         sizes = torch.zeros(len(Counted._fields), dtype=torch.int64, device=device)
         for batch in batches:
-            sizes += Counted.of(batch, shifted=self._shifted).sizes().to(device)
+            sizes += self._counted(batch).sizes().to(device)
         self._steps_summed += bool(batches)
         return batches, self.accelerator.reduce(sizes, reduction="sum")
 
@@ -224,7 +235,7 @@ class DistillationTrainer(ShardableTrainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs)
         self._batches_begun += 1
-        counted = Counted.of(inputs, shifted=self._shifted)
+        counted = self._counted(inputs)
         totals = counted.sizes() if num_items_in_batch is None else num_items_in_batch
         # Gradients are averaged over processes, hence the factor.
         scale = Counted(*(self.accelerator.num_processes / totals.clamp(min=1)))  # type: ignore[union-attr]
@@ -244,7 +255,7 @@ class DistillationTrainer(ShardableTrainer):
 
         parts: dict[str, Tensor] = {}
         if self.args.task_weight:
-            parts["task"] = task_loss(student, counted) * scale.targets
+            parts["task"] = task_loss(student, counted, summed=self._summed) * scale.targets
         if self.args.logits_weight:
             problem = problem_of(self._student, inputs)
             loss = logits_loss(student, teacher, counted, self._divergence, problem)
@@ -308,7 +319,7 @@ class DistillationTrainer(ShardableTrainer):
                 cast(Numbered, self.train_dataset),
                 collate,
                 lambda batch: only_logits(self._teacher_outputs(batch, {})),
-                shifted=self._shifted,
+                count=self._counted,
                 accelerator=self.accelerator,
             )
         if not placed:

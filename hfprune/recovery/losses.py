@@ -40,7 +40,7 @@ class Counted(NamedTuple):
     examples: Tensor
 
     @classmethod
-    def of(cls, batch: Mapping[str, Tensor], *, shifted: bool) -> Counted:
+    def of(cls, batch: Mapping[str, Tensor], *, shifted: bool, once: bool = False) -> Counted:
         """Read the masks off a batch.
 
         Token-level integer labels count where they are not -100; one label per example, or none,
@@ -50,6 +50,8 @@ class Counted(NamedTuple):
         Args:
             batch: the keyword arguments of the model's forward.
             shifted: the model predicts token i + 1 at position i (causal language models).
+            once: the model answers once for an example, whose label may be of shape (1,), or a
+                transcript.
         """
         first = next(value for value in batch.values() if isinstance(value, Tensor))
         examples = torch.ones(first.shape[0], dtype=torch.bool, device=first.device)
@@ -61,8 +63,12 @@ class Counted(NamedTuple):
         if labels.is_floating_point():  # regression, multi-label: no value means "ignored"
             values = torch.ones_like(labels, dtype=torch.bool)
             return cls(values, examples, positions, examples)
+        if once and labels.dim() == 2:
+            labels = labels.squeeze(1)
         if labels.dim() == 1:
             return cls(labels != IGNORED, examples, positions, examples)
+        if once:
+            return cls(examples, examples, positions, examples)
         if shifted:
             labels = F.pad(foretold(batch)[:, 1:], (0, 1), value=IGNORED)
         return cls(labels != IGNORED, labels != IGNORED, positions, examples)
@@ -158,7 +164,7 @@ def logits_loss(
             "0, and embedding_weight above it for sentence embeddings; or load it with its task "
             "head."
         )
-    _check_shapes("logits", student["logits"], teacher["logits"], counted.predictions, trailing=1)
+    check_shapes("logits", student["logits"], teacher["logits"], counted.predictions, trailing=1)
     logits_q = student["logits"][counted.predictions]  # (n, classes)
     logits_p = teacher["logits"][counted.predictions]
     of_tokens = student["logits"].dim() == 3
@@ -210,7 +216,7 @@ def state_loss(student: Tensor, teacher: Tensor, counted: Tensor, part: str) -> 
     Raises:
         DataError: the two shapes differ, or the mask does not fit them.
     """
-    _check_shapes(part, student, teacher, counted, trailing=None)
+    check_shapes(part, student, teacher, counted, trailing=None)
     student = student[counted].float()
     teacher = teacher[counted].float()
     scale = teacher.square().mean(-1).clamp_min(1e-6)
@@ -250,11 +256,11 @@ def embedding_loss(
     ours, theirs = pooled(student, counted), pooled(teacher, counted)
     if distance == "mse":
         return state_loss(ours, theirs, counted.examples, "embedding")
-    _check_shapes("embedding", ours, theirs, counted.examples, trailing=None)
+    check_shapes("embedding", ours, theirs, counted.examples, trailing=None)
     return (1 - F.cosine_similarity(ours, theirs, dim=-1)).sum()
 
 
-def _check_shapes(
+def check_shapes(
     part: str, student: Tensor, teacher: Tensor, mask: Tensor, *, trailing: int | None
 ) -> None:
     """Refuse tensors that cannot be compared entry by entry under the mask."""

@@ -57,8 +57,8 @@ def described(batch: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def task_loss(outputs: Mapping[str, Any], counted: Counted) -> Tensor:
-    """The model's own mean loss, as the sum over its targets."""
+def task_loss(outputs: Mapping[str, Any], counted: Counted, *, summed: bool = False) -> Tensor:
+    """The model's own loss, a mean unless it is `summed`, as the sum over its targets."""
     if outputs.get("loss") is None:
         raise DataError(
             "The batch gave no loss: it has no labels. Give the dataset a labels column, or set "
@@ -66,7 +66,7 @@ def task_loss(outputs: Mapping[str, Any], counted: Counted) -> Tensor:
         )
     if not counted.targets.any():  # a mean over nothing is NaN
         return outputs["logits"].sum() * 0.0
-    return outputs["loss"] * counted.targets.sum()
+    return outputs["loss"] if summed else outputs["loss"] * counted.targets.sum()
 
 
 def mean_state_loss(

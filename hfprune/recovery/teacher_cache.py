@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hfprune.errors import DataError, RecipeError
-from hfprune.recovery.losses import Counted
+from hfprune.recovery.losses import Counted, check_shapes
 
 ROW = "teacher_row"
 """The key of a batch that says which rows of the training set it holds: int64, (batch,)."""
@@ -37,6 +37,7 @@ _META = "cache.json"
 Batch = dict[str, Any]
 Collate = Callable[[list[Any]], Batch]
 Predict = Callable[[Batch], Tensor]
+Count = Callable[[Batch], Counted]
 
 
 class Numbered(Dataset):
@@ -97,7 +98,7 @@ class TeacherCache:
         collate: Collate,
         predict: Predict,
         *,
-        shifted: bool,
+        count: Count,
         accelerator: Accelerator,
         per_part: int = 1024,
     ) -> None:
@@ -110,7 +111,7 @@ class TeacherCache:
             rows: the training set.
             collate: makes a batch of rows.
             predict: a batch -> the teacher's logits on it.
-            shifted: see `Counted.of`.
+            count: what counts in a batch.
             accelerator: of the run.
             per_part: rows in a file.
 
@@ -130,7 +131,7 @@ class TeacherCache:
         path = self._folder / key
         if not (path / _META).is_file():
             accelerator.wait_for_everyone()  # all have looked before the first writes
-            self._fill(path, rows, collate, predict, shifted, accelerator, per_part)
+            self._fill(path, rows, collate, predict, count, accelerator, per_part)
         self._open(path)
 
     def logits(self, rows: Tensor, predictions: Tensor) -> Tensor:
@@ -184,7 +185,7 @@ class TeacherCache:
         rows: Numbered,
         collate: Collate,
         predict: Predict,
-        shifted: bool,
+        count: Count,
         accelerator: Accelerator,
         per_part: int,
     ) -> None:
@@ -204,8 +205,10 @@ class TeacherCache:
                     for name, value in batch.items()
                     if name != ROW
                 }
-                predictions = Counted.of(here, shifted=shifted).predictions
-                found.append(predict(here)[predictions].cpu())
+                predictions = count(here).predictions
+                logits = predict(here)
+                check_shapes("logits", logits, logits, predictions, trailing=1)
+                found.append(logits[predictions].cpu())
                 counts += predictions.reshape(len(predictions), -1).sum(1).tolist()
             tensors = self._kept(torch.cat(found), per_token=predictions.dim() > 1)
             tensors["offsets"] = torch.tensor([0, *counts]).cumsum(0)

@@ -22,6 +22,8 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
 )
 
 from hfprune.errors import CheckpointError, DataError, RecipeError
@@ -121,7 +123,7 @@ def examples(make, count=16):
 
 def collate(rows):
     """Pad on the right to the longest row."""
-    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    fill = {"input_ids": 0, "attention_mask": 0, "input_values": 0, "labels": -100}
     batch = {}
     for name in rows[0]:
         values = [torch.as_tensor(row[name]) for row in rows]
@@ -591,6 +593,59 @@ def test_parts_are_means_over_the_logging_interval(tmp_path):
     for log in logs:
         mixed = 0.5 * log["loss_task"] + log["loss_logits"] + log["loss_hidden"]
         assert log["loss"] == pytest.approx(mixed, rel=1e-5)
+
+
+def speech(width, reduction="sum"):
+    config = Wav2Vec2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=width,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        conv_dim=(16, 16),
+        conv_kernel=(10, 3),
+        conv_stride=(5, 2),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        apply_spec_augment=False,
+        layerdrop=0.0,
+        ctc_loss_reduction=reduction,
+    )
+    return Wav2Vec2ForCTC(config)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_transcripts_count_by_example(reduction, tmp_path):
+    """However many letters they have, and whether or not the model averages over them."""
+    rows = [
+        {"input_values": torch.randn(200), "labels": torch.tensor(label)}
+        for label in ([1, 2, 3], [4, -100, -100], [5, 6, -100], [7, 8, -100])
+    ]
+    found = []
+    for size in (4, 3, 1):
+        student, teacher = pair(speech, reduction=reduction)
+        changes = {
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": -(-4 // size),
+        }
+        weighed = {"task_weight": 1.0, "logits_weight": 0.0, "hidden_weight": 0.0}
+        own = student.eval()(**collate(rows)).loss.item() / (4 if reduction == "sum" else 1)
+        trainer = trainer_of(student, teacher, tmp_path, rows, max_steps=1, **changes, **weighed)
+        trainer.train()
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(own, rel=1e-4)
+        found.append(weights(student))
+    assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+    assert_close(found[2], found[0], rtol=1e-3, atol=1e-5)
+
+
+def test_a_label_may_be_a_row_of_one(tmp_path):
+    found = []
+    for rows in (examples(bert, 4), [r | {"labels": [r["labels"]]} for r in examples(bert, 4)]):
+        student, teacher = pair(bert)
+        trainer_of(student, teacher, tmp_path, rows, max_steps=1).train()
+        found.append(weights(student))
+    assert_close(found[0], found[1], rtol=0, atol=0)
 
 
 def test_padding_on_the_left_teaches_what_padding_on_the_right_does(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -74,20 +75,20 @@ def opened(make, folder, top_k=None, per_part=1024, rows=16):
     teacher.eval()
     cache = TeacherCache(folder, top_k)
     dataset = Numbered(examples(make, rows))
-    shifted = make is llama
+    count = partial(Counted.of, shifted=make is llama)
     with torch.no_grad():
         cache.prepare(
             teacher,
             dataset,
             numbered(collate),
             lambda batch: teacher(**batch).logits,
-            shifted=shifted,
+            count=count,
             accelerator=Accelerator(cpu=True),
             per_part=per_part,
         )
         batch = numbered(collate)([dataset[n] for n in (9, 2, 14)])
         row = batch.pop(ROW)
-        counted = Counted.of(batch, shifted=shifted).predictions
+        counted = count(batch).predictions
         return cache, row, counted, teacher(**batch).logits
 
 
@@ -161,13 +162,17 @@ def test_what_a_cache_cannot_serve_is_refused(tmp_path):
     rows = [{k: v for k, v in row.items() if k != "labels"} for row in rows]
     with pytest.raises(DataError, match="returns start_logits, end_logits and no logits"):
         distilled(questions, tmp_path, cache, rows=rows, task_weight=0.0)
+    unlabelled = [{k: v for k, v in row.items() if k != "labels"} for row in examples(llama, 4)]
+    with pytest.raises(DataError, match="does not fit what the batch counts"):
+        distilled(llama, tmp_path, cache, rows=unlabelled, task_weight=0.0)
+    assert not list(tmp_path.glob("*/*.safetensors"))
 
 
 def test_a_collator_that_draws_is_refused(tmp_path):
     draws = numbered(lambda rows: {"input_ids": torch.rand(len(rows), 4)})
     with pytest.raises(RecipeError, match="draws anew for every batch"):
         TeacherCache(tmp_path).prepare(
-            None, Numbered([{}] * 4), draws, None, shifted=False, accelerator=None
+            None, Numbered([{}] * 4), draws, None, count=None, accelerator=None
         )
 
 
