@@ -116,14 +116,14 @@ class TeacherCache:
             per_part: rows in a file.
 
         Raises:
-            RecipeError: the collator gives another batch for the same rows.
+            RecipeError: the data set or the collator gives another batch for the same rows.
         """
-        first = [rows[n] for n in range(min(_BATCH, len(rows)))]
-        if _digest([collate(first)]) != _digest([collate(first)]):
+        first = range(min(_BATCH, len(rows)))
+        if _digest(_batches(rows, collate, first)) != _digest(_batches(rows, collate, first)):
             raise RecipeError(
-                "The data collator draws anew for every batch (random masking or augmentation):"
-                " the teacher's outputs cannot be cached. Draw once, in the data set, or train"
-                " without a cache."
+                "The data set or its collator draws anew for every batch (random masking or"
+                " augmentation): the teacher's outputs cannot be cached. Draw once, before"
+                " training, or train without a cache."
             )
         made_of = [_VERSION, self._top_k, per_part, _of_teacher(teacher)]
         made_of.append(_digest(_batches(rows, collate)))

@@ -176,6 +176,17 @@ def test_a_collator_that_draws_is_refused(tmp_path):
         )
 
 
+def test_a_data_set_that_draws_is_refused(tmp_path):
+    class Augmented(list):
+        def __getitem__(self, index):
+            image = super().__getitem__(index)
+            return image | {"pixel_values": image["pixel_values"] + torch.randn(3, 8, 8)}
+
+    cache = TeacherCache(tmp_path / "cache")
+    with pytest.raises(RecipeError, match="data set or its collator draws anew"):
+        distilled(vit, tmp_path, cache, rows=Augmented(examples(vit)))
+
+
 def test_a_batch_that_counts_otherwise_is_refused(tmp_path):
     cache, rows, counted, _ = opened(llama, tmp_path)
     with pytest.raises(DataError, match=r"counts 0 predictions of row 9, the teacher's cache"):
