@@ -99,12 +99,20 @@ def outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
+_MASKING = ("_mask_hidden_states", "_mask_input_features")
+
+
+def _as_heard(features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return features
+
+
 @contextlib.contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """Within, the model drops nothing in training mode either; then as before.
 
     Dropout is a module with a probability `p`, or a number that the attention or the layer reads
-    by itself, under a name such as `attention_dropout`.
+    by itself, under a name such as `attention_dropout`. Models of sound mask spans of what they
+    hear, too, by a method of theirs.
     """
     found: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
@@ -114,10 +122,15 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
             for name, value in vars(module).items()
             if isinstance(value, float) and ("drop" in name or (is_dropout and name == "p"))
         ]
+    masking = [(m, name) for m in model.modules() for name in _MASKING if hasattr(m, name)]
     for module, name, _ in found:
         setattr(module, name, 0.0)
+    for module, name in masking:
+        setattr(module, name, _as_heard)
     try:
         yield
     finally:
+        for module, name in masking:
+            delattr(module, name)
         for module, name, value in found:
             setattr(module, name, value)

@@ -572,6 +572,21 @@ def test_without_dropout_training_computes_what_evaluation_does(family):
             torch.testing.assert_close(model(**batch).logits, expected)
 
 
+@pytest.mark.parametrize("family", ["wav2vec2", "whisper"])
+def test_nor_are_spans_of_sound_masked(family):
+    config = tiny.config(family)
+    config.apply_spec_augment = True
+    config.mask_time_prob, config.mask_time_length = 0.5, 2
+    config.layerdrop = config.encoder_layerdrop = 0.0
+    model = getattr(transformers, tiny.auto_class(family)).from_config(config)
+    expected = model.eval()(**tiny.batch(model)).logits
+    model.train()
+    for _ in range(2):  # as before afterwards; Whisper masks its inputs in place
+        with without_dropout(model):
+            torch.testing.assert_close(model(**tiny.batch(model)).logits, expected)
+        assert not torch.allclose(model(**tiny.batch(model)).logits, expected)
+
+
 @pytest.mark.parametrize("dropout", [False, True])
 def test_the_student_drops_nothing_unless_asked_to(dropout, tmp_path):
     student, teacher = pair(dropping(bert))
