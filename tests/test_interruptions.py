@@ -173,6 +173,8 @@ def test_a_checkpoint_cut_off_in_its_last_file_is_not_complete(tmp_path):
     for step, text in ((2, "{}"), (10, '{"epoch": 1'), (11, "")):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    for name in ("checkpoint-best", "checkpoint-2-copy"):
+        shutil.copytree(tmp_path / "checkpoint-2", tmp_path / name)
     assert last_complete_checkpoint(str(tmp_path)) == tmp_path / "checkpoint-2"
 
 

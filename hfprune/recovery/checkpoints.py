@@ -96,10 +96,15 @@ def keeping_the_best(args: DistillationArguments) -> DistillationArguments:
 
 def last_complete_checkpoint(output_dir: str | None) -> Path | None:
     """The newest checkpoint written to its end: a run may have been killed while saving, or the
-    disk was full.
+    disk was full. Copies that were set aside under other names are none.
     """
     states = Path(output_dir or ".").glob(f"{PREFIX_CHECKPOINT_DIR}-*/{_STATE_FILE}")
-    return max((s.parent for s in states if _is_json(s)), key=step_of, default=None)
+    found = (s.parent for s in states if _is_of_a_step(s.parent) and _is_json(s))
+    return max(found, key=step_of, default=None)
+
+
+def _is_of_a_step(folder: Path) -> bool:
+    return folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdecimal()
 
 
 def _is_json(path: Path) -> bool:
