@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import get_args
 
 from transformers import TrainingArguments
@@ -21,7 +22,8 @@ class DistillationArguments(TrainingArguments):
     before weighting.
 
     Raises:
-        RecipeError: a weight is negative, all are 0, or the divergence cannot be built.
+        RecipeError: a weight is negative or not finite, all are 0, or the divergence cannot be
+            built.
     """
 
     task_weight: float = dataclasses.field(
@@ -58,10 +60,10 @@ class DistillationArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Validate the added fields, then everything TrainingArguments validates."""
         weights = self.weights()
-        if any(weight < 0 for weight in weights.values()) or not any(weights.values()):
+        if not all(0 <= w < math.inf for w in weights.values()) or not any(weights.values()):
             raise RecipeError(
-                f"The weights of the loss are {weights}; give numbers of at least 0, one of them "
-                "above 0."
+                f"The weights of the loss are {weights}; give finite numbers of at least 0, one of "
+                "them above 0."
             )
         Divergence(self.divergence, self.temperature, self.skew).check()
         refuse_unknown("embedding_distance", self.embedding_distance, get_args(DistanceKind))

@@ -14,6 +14,11 @@ from hfprune.errors import RecipeError, unknown
 
 def refuse_arguments(args: TrainingArguments, trainer_arguments: Mapping[str, Any]) -> None:
     """Refuse what would be ignored or break the loss."""
+    if not hasattr(args, "weights"):
+        raise RecipeError(
+            f"args are {type(args).__name__}, which do not say what to match of the teacher; give "
+            "hfprune.DistillationArguments, which take the same settings."
+        )
     refused = {
         "label_smoothing_factor": "the teacher's distribution is already soft",
         "use_liger_kernel": "its fused loss returns no logits",
@@ -27,6 +32,15 @@ def refuse_arguments(args: TrainingArguments, trainer_arguments: Mapping[str, An
         raise RecipeError(
             f"One process sees {args.n_gpu} GPUs; start with `accelerate launch` (one process per "
             "GPU), or set CUDA_VISIBLE_DEVICES to one of them."
+        )
+
+
+def refuse_wrapped(teacher: Any) -> None:
+    """Refuse a teacher that is a model of another kind, such as PEFT's adapters around one."""
+    if isinstance(teacher, nn.Module) and not isinstance(teacher, PreTrainedModel):
+        raise RecipeError(
+            f"The teacher is a {type(teacher).__name__}; give a transformers model, or its folder "
+            "or Hub id. Merge adapters first (merge_and_unload)."
         )
 
 

@@ -38,6 +38,7 @@ from hfprune.recovery.compatibility import (
     refuse_other_classes,
     refuse_same,
     refuse_uncached,
+    refuse_wrapped,
     submodule,
 )
 from hfprune.recovery.lora import adapted
@@ -121,6 +122,7 @@ class DistillationTrainer(ShardableTrainer):
     ) -> None:
         inside = getattr(model, "get_base_model", lambda: model)()  # PEFT wraps it
         student = cast(PreTrainedModel, inside)
+        refuse_wrapped(teacher)
         if not isinstance(teacher, PreTrainedModel):
             auto_class = AutoModel if has_no_head(student) else None
             teacher = from_pretrained(teacher, auto_class=auto_class)

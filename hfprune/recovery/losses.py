@@ -102,8 +102,8 @@ class Divergence(NamedTuple):
         """
         if self.kind not in get_args(DivergenceKind):
             raise RecipeError(unknown("divergence", self.kind, get_args(DivergenceKind)))
-        if not self.temperature > 0:
-            raise RecipeError(f"temperature is {self.temperature}; give a number above 0.")
+        if not 0 < self.temperature < math.inf:
+            raise RecipeError(f"temperature is {self.temperature}; give a finite number above 0.")
         if not 0 < self.skew < 1:
             raise RecipeError(f"skew is {self.skew}; give a number between 0 and 1, e.g. 0.1.")
 

@@ -736,6 +736,15 @@ def test_the_teacher_may_be_a_folder(make, tmp_path):
     assert_close(weights(trainer.teacher), weights(teacher), rtol=0, atol=0)
 
 
+def test_arguments_without_weights_and_a_wrapped_teacher_are_named(tmp_path):
+    student, teacher = pair(bert)
+    stock = transformers.TrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(RecipeError, match=r"args are TrainingArguments.*DistillationArguments"):
+        distill(student, teacher, examples(bert), args=stock)
+    with pytest.raises(RecipeError, match="teacher is a Sequential; give a transformers model"):
+        trainer_of(student, torch.nn.Sequential(teacher), tmp_path)
+
+
 def test_a_model_is_not_its_own_teacher(tmp_path):
     student, _ = pair(bert)
     with pytest.raises(RecipeError, match="one and the same model"):
@@ -997,7 +1006,9 @@ def test_the_best_is_found_where_the_folder_has_moved(tmp_path):
     [
         ({"task_weight": -1.0}, "at least 0"),
         ({"task_weight": 0.0, "logits_weight": 0.0, "hidden_weight": 0.0}, "one of them above 0"),
+        ({"hidden_weight": float("nan")}, "'hidden': nan.*give finite numbers"),
         ({"temperature": 0.0}, "temperature is 0"),
+        ({"temperature": float("inf")}, "temperature is inf"),
         ({"skew": 1.0}, "skew is 1"),
         ({"divergence": "foward"}, "Did you mean 'forward'"),
         ({"embedding_distance": "cosin"}, "Did you mean 'cosine'"),
