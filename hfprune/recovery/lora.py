@@ -43,6 +43,8 @@ def adapted(student: PreTrainedModel, config: LoraConfig) -> Iterator[PeftModel]
             model = get_peft_model(student, config)
         except ValueError as error:
             raise RecipeError(f"lora does not fit the student: {error}") from error
+    # Biases, where the config trains them, are the student's own.
+    before = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
     merged = False
     try:
         yield model
@@ -50,6 +52,8 @@ def adapted(student: PreTrainedModel, config: LoraConfig) -> Iterator[PeftModel]
         merged = True
     finally:
         if not merged:
+            for parameter, value in before:
+                parameter.data.copy_(value)
             model.unload()
         vars(student).pop("peft_config", None)
         for name, parameter in student.named_parameters():

@@ -124,6 +124,19 @@ def test_what_was_frozen_stays_frozen(tmp_path):
     assert frozen == ["bert.embeddings.word_embeddings.weight"]
 
 
+def test_biases_that_trained_are_as_before_after_an_exception(tmp_path):
+    student, _ = pair("bert")
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+
+    def stop(model):
+        raise KeyboardInterrupt
+
+    config = peft.LoraConfig(target_modules=["query"], bias="all", modules_to_save=["classifier"])
+    with pytest.raises(KeyboardInterrupt):
+        run("bert", tmp_path, config, student, callbacks=[At(2, stop)])
+    same(student.state_dict(), before, rtol=0, atol=0)
+
+
 def test_a_config_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="lora does not fit the student"):
         run("bert", tmp_path, peft.LoraConfig(target_modules=["nowhere"]))
