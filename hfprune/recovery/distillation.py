@@ -82,7 +82,8 @@ class DistillationTrainer(ShardableTrainer):
     accumulated batches, or N processes, give the loss and gradients of one batch of the same
     samples, also when they hold unequal numbers of tokens. A loss that is a sum over the examples,
     as that of CTC may be, is divided by their number. One exception: question answering counts
-    examples, and the model's own loss skips answers outside the window.
+    examples, and the model's own loss skips answers outside the window and takes padding for
+    tokens, as many as the longest of a batch has.
 
     Args:
         model: the student, or PEFT's adapters around it.
