@@ -55,7 +55,7 @@ class Findings:
             threads=self.recipe.measure.threads or None,
         )
         tokens = plan.tokens
-        one = self._one_of(models["dense"], tokens)
+        one = self._one_of(tokens)
         seconds = {name: entry["seconds"] for name, entry in steps.done.items()}
         return Report(
             variants=tuple(
@@ -123,13 +123,16 @@ class Findings:
             CurvePoint(share, q.value, q.low, q.high, series) for series, share, q in found
         )
 
-    def _one_of(self, model: PreTrainedModel, tokens: Tokens) -> dict[str, torch.Tensor]:
+    def _one_of(self, tokens: Tokens) -> dict[str, torch.Tensor]:
         """One example of so many tokens, whose MACs are counted."""
+        probe = self.steps.probe()
         if self.steps.task.reads != "text":
-            return {name: tensor[:1] for name, tensor in self.steps.probe().items()}
+            return {name: tensor[:1] for name, tensor in probe.items()}
         filler = self.steps.processor.pad_token_id or 0
         one = {"input_ids": torch.full((1, tokens_in(tokens, 0)), filler)}
+        if (end := self.steps.processor.eos_token_id) is not None:
+            one["input_ids"][:, -1] = end  # where encoder-decoders classify a text
         one["attention_mask"] = torch.ones_like(one["input_ids"])
-        if model.config.is_encoder_decoder:
+        if "decoder_input_ids" in probe:
             one["decoder_input_ids"] = torch.full((1, tokens_in(tokens, 1)), filler)
         return one

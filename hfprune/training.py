@@ -171,6 +171,7 @@ class Training:
             "eval_dataset": self.splits["dev"],
             "data_collator": self.collate,
             "compute_metrics": self.task.compute_metrics if self.task.metric else None,
+            "preprocess_logits_for_metrics": _what_is_labelled,
         }
 
     def _arguments(self, settings: Finetune | Distill, checkpoints: Path) -> dict[str, Any]:
@@ -207,3 +208,10 @@ class Training:
             "report_to": "none",
             "dataloader_pin_memory": False,
         }
+
+
+def _what_is_labelled(outputs: Any, labels: Any) -> Any:
+    """Of a model's outputs, those that have labels: an encoder-decoder's hidden states follow."""
+    if isinstance(labels, tuple):
+        return outputs[: len(labels)]
+    return outputs[0] if isinstance(outputs, tuple) else outputs

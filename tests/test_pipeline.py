@@ -23,6 +23,7 @@ from hfprune import pipeline, steps
 from hfprune.errors import DataError, HfpruneError, RecipeError
 from hfprune.evaluation import hardware
 from hfprune.evaluation.evaluate import evaluate_classification
+from hfprune.findings import Findings
 from hfprune.importance.scores import Scores
 from hfprune.pipeline import evaluation_batches
 from hfprune.planning.latency import Curve
@@ -31,6 +32,7 @@ from hfprune.processes import Processes
 from hfprune.publishing.report import Report
 from hfprune.publishing.units import Pruning
 from hfprune.recipe import Recipe
+from hfprune.structure.cost import counted_macs
 
 pytestmark = pytest.mark.xdist_group("the walk")  # one worker makes the finished run, once
 
@@ -584,6 +586,13 @@ def test_a_language_model(tmp_path):
     assert not compensated.lm_head.weight.equal(model.lm_head.weight)
     tokens = model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=4, min_new_tokens=4)
     assert tokens.shape == (1, 7)
+
+
+def test_an_encoder_decoder_that_classifies_is_trained_and_counted(tmp_path):
+    recipe = make(tmp_path, "t5")
+    hfprune.run(recipe, say=str, until="dense")
+    one = Findings(steps.Steps(recipe, str, Processes()))._one_of((6, 7))
+    assert counted_macs(hfprune.from_pretrained(at(recipe, "dense")), one)
 
 
 @pytest.mark.slow
