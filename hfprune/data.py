@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,21 +38,27 @@ def load_named(data: Data, names: Mapping[str, str], where: str = "data") -> dic
         where: part of the recipe that names them, for errors.
 
     Raises:
-        DataError: one is empty, or is no file of the kind that its name says.
+        DataError: one is empty, is no file of the kind that its name says, or is not in the
+            dataset.
     """
-    from datasets import load_dataset
-
     if data.dataset:
-        loaded = {
-            split: load_dataset(data.dataset, data.config, split=name, revision=data.revision)
-            for split, name in names.items()
-        }
+        loaded = {split: _from_hub(f"{where}.{split}", name, data) for split, name in names.items()}
     else:
         loaded = {split: _from_disk(f"{where}.{split}", name) for split, name in names.items()}
     for split, dataset in loaded.items():
         if not len(dataset):
             raise DataError(f"{where}.{split} ({names[split]}) has no examples.")
     return loaded
+
+
+def _from_hub(field: str, name: str, data: Data) -> Dataset:
+    """A split of the dataset."""
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(data.dataset, data.config, split=name, revision=data.revision)
+    except ValueError as error:
+        raise DataError(f"{field} ({name}) cannot be read of {data.dataset}: {error}") from error
 
 
 def _from_disk(field: str, name: str) -> Dataset:
@@ -68,9 +75,9 @@ def _from_disk(field: str, name: str) -> Dataset:
     try:
         if folder:
             # Told which files, it does not look for splits in their names.
-            files = {"train": f"{name}/**"}
+            files = {"train": f"{escape(name)}/**"}
             return load_dataset("imagefolder", data_files=files, split="train", drop_labels=False)
-        return load_dataset(kinds[ending], data_files=name, split="train")
+        return load_dataset(kinds[ending], data_files=escape(name), split="train")
     except (StopIteration, ValueError, DatasetsError, FileNotFoundError) as error:
         why = str(error.__cause__ or error).partition("\n")[0] or "it is empty"
         kind = "a folder of images" if folder else ending

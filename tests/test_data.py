@@ -1,6 +1,7 @@
 """From files to batches: every example once, by length, always the same; and what is refused."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -219,6 +220,21 @@ def test_other_kinds_of_file(ending, tmp_path, data):
     path = tmp_path / f"train.{ending}"
     getattr(Dataset.from_list(sentences(4)), f"to_{ending}")(path)
     assert load_splits(Data(str(path), data.dev, data.test))["train"].to_list() == sentences(4)
+
+
+def test_a_path_is_no_pattern(tmp_path):
+    folder = tmp_path / "films [v2] a*b"
+    folder.mkdir()
+    data = write(folder, train=sentences(4), dev=sentences(2), test=sentences(3))
+    assert [len(split) for split in load_splits(data).values()] == [4, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["tset", "test[:50"])
+def test_a_split_that_a_dataset_does_not_have(name, tmp_path):
+    write(tmp_path, train=sentences(4), test=sentences(2))
+    data = Data("train", "test", name, dataset=str(tmp_path))
+    with pytest.raises(DataError, match=rf"^data\.test \({re.escape(name)}\) cannot be read of"):
+        load_splits(data)
 
 
 def test_files_have_no_commit(data):
