@@ -4,6 +4,7 @@ padding is not computed.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from glob import escape
@@ -84,6 +85,15 @@ def _from_disk(field: str, name: str) -> Dataset:
         raise DataError(
             f"{field} ({name}) has no examples that can be read as {kind}: {why}"
         ) from error
+
+
+def files_read(folder: Path) -> list[Path]:
+    """The files of a folder of data that are read; `map` leaves others in a saved dataset's."""
+    if not (folder / _SAVED).is_file():
+        return [path for path in folder.rglob("*") if path.is_file()]
+    state = json.loads((folder / _SAVED).read_text(encoding="utf-8"))
+    names = [_SAVED, "dataset_info.json", *(file["filename"] for file in state["_data_files"])]
+    return [folder / name for name in names]
 
 
 def commit_of(dataset: Dataset) -> str | None:

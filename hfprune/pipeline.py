@@ -24,7 +24,7 @@ import torch
 import transformers
 import yaml
 
-from hfprune.data import Batches
+from hfprune.data import Batches, files_read
 from hfprune.errors import CheckpointError, HfpruneError, RecipeError, unknown
 from hfprune.evaluation.hardware import metered
 from hfprune.files import sha256_of, why_unwritable, write_whole
@@ -216,10 +216,8 @@ class _Run:
 
 
 def _digest(path: Path) -> str:
-    """Hash of a file, or of all files of a folder and their names."""
-    if path.is_file():
-        return sha256_of(path)
-    return _digest_of_all(path, (p for p in path.rglob("*") if p.is_file()))
+    """Hash of a file, or of all files that are read of a folder of data and their names."""
+    return sha256_of(path) if path.is_file() else _digest_of_all(path, files_read(path))
 
 
 def _digest_of_model(folder: Path, gguf_file: str | None) -> str:

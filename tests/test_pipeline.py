@@ -16,6 +16,7 @@ import tiny
 import torch
 import yaml
 from counters import counting
+from datasets import Dataset, load_from_disk
 from test_data import sentences, tiny_tokenizer, write
 
 import hfprune
@@ -441,6 +442,16 @@ def test_a_folder_of_data_is_known_by_its_files(tmp_path):
     second = pipeline._digest(tmp_path)
     (tmp_path / "cat").rename(tmp_path / "dog")
     assert len({first, second, pipeline._digest(tmp_path)}) == 3
+
+
+def test_what_is_made_of_a_saved_dataset_does_not_change_it(tmp_path):
+    saved = tmp_path / "saved"
+    Dataset.from_list(sentences(4)).save_to_disk(saved)
+    first = pipeline._digest(saved)
+    load_from_disk(saved).map(lambda row: {"words": row["text"].split()})
+    assert list(saved.glob("cache-*")) and pipeline._digest(saved) == first
+    Dataset.from_list(sentences(5)).save_to_disk(saved)
+    assert pipeline._digest(saved) != first
 
 
 def test_a_curve_that_no_plan_can_meet_is_seen_before_anything_is_removed(copied):
