@@ -33,6 +33,7 @@ def labelled(splits: Splits, tokenizer: PreTrainedTokenizerBase, data: Data) -> 
     """Texts, or pairs of them, of a class each: input_ids, attention_mask, ... and labels."""
     texts = ["text", "text_pair"] if data.text_pair else ["text"]
     _check_columns(splits, data, *texts, "label")
+    _check_texts(splits, data, *texts)
     _check_classes(splits, data)
 
     def encode(rows: Rows) -> Rows:
@@ -51,6 +52,7 @@ def blocks(splits: Splits, tokenizer: PreTrainedTokenizerBase, data: Data) -> di
         DataError: also where a split is shorter than one block.
     """
     _check_columns(splits, data, "text")
+    _check_texts(splits, data, "text")
     begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     size = data.max_length - len(begin)
 
@@ -75,6 +77,7 @@ def blocks(splits: Splits, tokenizer: PreTrainedTokenizerBase, data: Data) -> di
 def rewritten(splits: Splits, tokenizer: PreTrainedTokenizerBase, data: Data) -> dict[str, Dataset]:
     """Texts and the texts to make of them; the first follow the prefix."""
     _check_columns(splits, data, "text", "label")
+    _check_texts(splits, data, "text", "label")
 
     def encode(rows: Rows) -> Rows:
         sources = [data.prefix + text for text in rows[data.text]]
@@ -128,6 +131,7 @@ def answered(splits: Splits, tokenizer: PreTrainedTokenizerBase, data: Data) -> 
     context = data.text_pair
     assert context is not None  # the task needs it
     _check_columns(splits, data, "text", "text_pair", "label")
+    _check_texts(splits, data, "text", "text_pair")
     _check_is_fast(tokenizer)
     for split, dataset in splits.items():
         for row, answers in enumerate(dataset[data.label]):
@@ -235,6 +239,17 @@ def _check_columns(splits: Splits, data: Data, *settings: str) -> None:
                     f"{_field(split)}: {unknown('column', column, there)} Name it in"
                     f" `data.{setting}`."
                 )
+
+
+def _check_texts(splits: Splits, data: Data, *settings: str) -> None:
+    for split, dataset in splits.items():
+        for column in (getattr(data, setting) for setting in settings):
+            for row, text in enumerate(dataset[column]):
+                if not isinstance(text, str):
+                    raise DataError(
+                        f"{_field(split)}: the {column!r} of example {row} is {text!r}; it must be"
+                        " a text."
+                    )
 
 
 def _check_classes(splits: Splits, data: Data) -> None:

@@ -213,6 +213,15 @@ def test_a_label_that_is_no_class(wrong, tmp_path, tokenizer):
         labelled(load_splits(data), tokenizer, data)
 
 
+@pytest.mark.parametrize("make", [labelled, blocks])
+@pytest.mark.parametrize("wrong", [None, 3])
+def test_a_text_that_is_none(wrong, make, tmp_path, tokenizer):
+    rows = [{"text": wrong, "label": 1}] * 3
+    data = write(tmp_path, train=sentences(4), dev=rows, test=sentences(4))
+    with pytest.raises(DataError, match=f"^data.dev: the 'text' of example 0 is {wrong}; it must"):
+        make(load_splits(data), tokenizer, data)
+
+
 @pytest.mark.parametrize("ending", ["csv", "parquet", "json"])
 def test_other_kinds_of_file(ending, tmp_path, data):
     from datasets import Dataset
