@@ -113,13 +113,7 @@ def class_names(splits: Mapping[str, Dataset], column: str) -> list[str]:
     Raises:
         DataError: the splits name other classes, whose numbers then mean other things.
     """
-    from datasets import ClassLabel
-
-    named = {}
-    for split, dataset in splits.items():
-        feature = dataset.features[column]
-        feature = getattr(feature, "feature", feature)  # of each in a list
-        named[split] = feature.names if isinstance(feature, ClassLabel) else None
+    named = {split: _names_in(dataset, column) for split, dataset in splits.items()}
     first, *others = named.items()
     for split, names in others:
         if names != first[1]:
@@ -131,6 +125,39 @@ def class_names(splits: Mapping[str, Dataset], column: str) -> list[str]:
         return list(first[1])
     most = max(_largest(label) for dataset in splits.values() for label in dataset[column])
     return [f"LABEL_{number}" for number in range(most + 1)]
+
+
+def _names_in(dataset: Dataset, column: str) -> list[str] | None:
+    """What a dataset itself calls the classes of a column."""
+    from datasets import ClassLabel
+
+    feature = dataset.features[column]
+    feature = getattr(feature, "feature", feature)  # of each in a list
+    return list(feature.names) if isinstance(feature, ClassLabel) else None
+
+
+def check_other_classes(field: str, other: Dataset, own: Dataset, column: str, known: int) -> None:
+    """Refuse other data whose labels mean other classes than those of a run's own.
+
+    Args:
+        field: of the recipe, which names the other data.
+        other: that data.
+        own: a split of the run's own.
+        column: of the labels in both.
+        known: how many classes the model knows.
+
+    Raises:
+        DataError: both name their classes, and differently; or there are more than the model knows.
+    """
+    names, right = _names_in(other, column), _names_in(own, column)
+    if names and right and names != right:
+        raise DataError(
+            f"{field} has the classes {names}, and the run's own data {right}; give it examples of"
+            " every class."
+        )
+    given = len(class_names({field: other}, column))
+    if given > known:
+        raise DataError(f"{field}: the labels are of {given} classes, and the model knows {known}.")
 
 
 def check_classes(names: Sequence[str], known: Sequence[str]) -> None:

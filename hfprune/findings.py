@@ -39,6 +39,7 @@ class Findings:
         steps = self.steps
         start = time.perf_counter()
         models = {name: steps.model(name) for name in steps.variants}
+        steps.check_also(models["dense"])
         plan, scores = steps.plan, steps.scores
         compared = steps.curve_plans(models["dense"], scores)
         quality = {name: self._judge(model) for name, model in models.items()}

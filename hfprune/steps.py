@@ -17,6 +17,7 @@ from hfprune.data import (
     Batches,
     Collate,
     check_classes,
+    check_other_classes,
     class_names,
     commit_of,
     load_named,
@@ -235,11 +236,25 @@ class Steps:
     def also(self) -> dict[str, Batches]:
         """The batches of other kinds that models are judged on besides, by their names."""
         data, size = self.recipe.data, self.recipe.score.batch_size
-        loaded = load_named(data, self.recipe.measure.also, "measure.also")
-        fields = {name: f"measure.also.{name}" for name in loaded}  # which errors name
-        splits = {fields[name]: rows for name, rows in loaded.items()}
-        made = self.task.examples(splits, self.processor, data) if loaded else {}
-        return {name: Batches(made[own], self.collate, size) for name, own in fields.items()}
+        splits = {_field_of(name): rows for name, rows in self.loaded_also.items()}
+        made = self.task.examples(splits, self.processor, data) if splits else {}
+        return {
+            name: Batches(made[_field_of(name)], self.collate, size) for name in self.loaded_also
+        }
+
+    @cached_property
+    def loaded_also(self) -> dict[str, Dataset]:
+        """The data of other kinds as they were loaded, by their names."""
+        return load_named(self.recipe.data, self.recipe.measure.also, "measure.also")
+
+    def check_also(self, dense: PreTrainedModel) -> None:
+        """Refuse data of other kinds whose labels are not of the dense model's classes."""
+        if self.task.classes:
+            own, column = self.loaded["test"], self.recipe.data.label
+            known = len(dense.config.id2label or {})
+            for name in self.also:  # as examples, they have labels
+                other = self.loaded_also[name]
+                check_other_classes(_field_of(name), other, own, column, known)
 
     @property
     def training(self) -> Training:
@@ -309,6 +324,7 @@ class Steps:
         model = self._load_dense()
         self._resolved("model", getattr(model.config, "_commit_hash", None))
         self.constraints.check(model)
+        self.check_also(model)
         if self.recipe.measure.lengths:
             check_length(model, self.probe(), max(self.recipe.measure.lengths))
         if self.recipe.finetune:
@@ -476,6 +492,11 @@ class Steps:
     def make_page(self, path: Path) -> None:
         """The report as a page, with its pictures beside it."""
         write_page(Report.from_dict(json.loads((self.folder / "report.json").read_text())), path)
+
+
+def _field_of(also: str) -> str:
+    """The field of the recipe that names data of another kind; errors tell it."""
+    return f"measure.also.{also}"
 
 
 def checkpoints_of(artefact: Path) -> Path:

@@ -8,7 +8,14 @@ from PIL import Image
 from test_data import WORDS, sentences, tiny_tokenizer
 from transformers import ViTImageProcessorPil
 
-from hfprune.data import Batches, check_classes, class_names, load_splits
+from hfprune.data import (
+    Batches,
+    check_classes,
+    check_other_classes,
+    class_names,
+    load_named,
+    load_splits,
+)
 from hfprune.errors import DataError
 from hfprune.examples import OUTSIDE, answered, pictures, rewritten, tagged
 from hfprune.recipe import Data
@@ -212,6 +219,16 @@ def test_splits_of_other_classes_are_refused(tmp_path):
     data = Data(**{split: str(tmp_path / split) for split in NAMES})
     with pytest.raises(DataError, match=r"data\.test has the classes \['cat', 'eel'\], and"):
         class_names(load_splits(data), "label")
+
+
+def test_other_images_of_other_classes_are_refused(tmp_path):
+    images(tmp_path / "own", cat=1, dog=1)
+    images(tmp_path / "other", dog=1)
+    data = Data(**dict.fromkeys(NAMES, str(tmp_path / "own")))
+    own, other = load_splits(data)["test"], load_named(data, {"other": str(tmp_path / "other")})
+    check_other_classes("measure.also.own", own, own, "label", 2)
+    with pytest.raises(DataError, match=r"^measure\.also\.other has the classes \['dog'\], and"):
+        check_other_classes("measure.also.other", other["other"], own, "label", 2)
 
 
 def test_a_folder_without_images(tmp_path):

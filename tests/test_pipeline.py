@@ -526,6 +526,16 @@ def test_a_column_that_is_missing_is_told_by_the_fields_that_name_it(recipe, tmp
         hfprune.run(changed(other, "data", text="txt"), say=str)
 
 
+@pytest.mark.parametrize("until", ["dense", None])
+def test_other_data_of_a_class_that_the_model_does_not_know(until, copied, tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"text": "good", "label": 7}\n')
+    other = changed(copied, "measure", also={"other": str(tmp_path / "other.jsonl")})
+    if until:
+        other = dataclasses.replace(other, seed=1)
+    with pytest.raises(DataError, match=r"^measure\.also\.other: the labels are of 8 classes, and"):
+        hfprune.run(other, say=str, until=until)
+
+
 @pytest.mark.slow
 def test_the_commit_that_a_hub_id_stood_for_is_kept(recipe, tmp_path):
     """From the Hub's cache, laid out as the client lays it out."""
