@@ -332,7 +332,7 @@ class Recipe:
             named = {f"data.{split}": getattr(self.data, split) for split in SPLITS}
             named |= {f"measure.also.{name}": file for name, file in self.measure.also.items()}
             for name, file in named.items():
-                if not Path(file).exists():
+                if not file or not Path(file).exists():  # "" would be the current folder
                     raise RecipeError(
                         f"{name}: there is no file {file}. Give a JSON-lines, CSV or Parquet"
                         " file, a folder, or a `dataset` with split names."

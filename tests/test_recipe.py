@@ -286,6 +286,12 @@ def test_a_model_that_is_nowhere_is_named(model, values, tmp_path):
 
 
 @pytest.mark.parametrize("split", SPLITS)
+def test_a_file_without_a_name_is_missing(split, values, tmp_path):
+    with pytest.raises(RecipeError, match=rf"data\.{split}: there is no file \."):
+        load(put(values, f"data.{split}", ""), tmp_path)
+
+
+@pytest.mark.parametrize("split", SPLITS)
 def test_missing_files_are_named(split, values, tmp_path):
     os.remove(values["data"][split])
     with pytest.raises(RecipeError, match=rf"data\.{split}: there is no file .*{split}\.jsonl"):
