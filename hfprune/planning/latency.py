@@ -181,7 +181,6 @@ def measure_latency(
             raise HfpruneError(f"{name} must be 1 or more, not {count}.")
     anatomy = Anatomy.of(model)
     inputs = _inputs(model, batch_size, tokens)
-    _check_runs(model, inputs)
     kinds: dict[tuple[Any, ...], list[str]] = {}
     parts: dict[str, list[Group]] = {}
     for stack in anatomy.stacks:
@@ -198,6 +197,7 @@ def measure_latency(
     wholes: list[float] = []
     inside = 0.0
     with _as_it_will_run(model, threads), torch.inference_mode():
+        _check_runs(model, inputs)
         machine = _machine(model)
         for alike in kinds.values():
             found, whole, everything = _measure_layer(
@@ -361,8 +361,7 @@ def _check_runs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
         UnsupportedModelError: it does not run on the inputs.
     """
     try:
-        with torch.inference_mode():
-            model(**inputs)
+        model(**inputs)
     except Exception as error:
         raise UnsupportedModelError(
             f"The latency of a {type(model).__name__} cannot be measured layer by layer: it does"
