@@ -15,6 +15,7 @@ from hfprune.errors import DataError
 from hfprune.importance.batches import Batch
 from hfprune.importance.losses import Loss
 from hfprune.structure.architectures import ROWS
+from hfprune.structure.slices import lists_of_layers
 
 logger = logging.getLogger(__name__)
 
@@ -118,12 +119,6 @@ def check_finite(
 
 
 def _stacks(model: PreTrainedModel) -> list[str]:
-    """Paths of the lists of layers, also of a family that has no row: of nested ones the outer."""
-    if row := ROWS.get(model.config.model_type):
-        return [stack.layers for stack in row.stacks]
-    found: list[str] = []
-    for path, module in model.base_model.named_modules():
-        inside = path.startswith(tuple(f"{outer}." for outer in found))
-        if isinstance(module, nn.ModuleList) and not inside:
-            found.append(path)
-    return found
+    """Paths of the stacks of layers."""
+    row = ROWS.get(model.config.model_type)
+    return [stack.layers for stack in row.stacks] if row else lists_of_layers(model)

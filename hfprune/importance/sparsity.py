@@ -22,6 +22,7 @@ from hfprune.importance.gates import evaluating, frozen, uncached, unmarked
 from hfprune.importance.losses import Loss, loss_named
 from hfprune.structure.architectures import ROWS
 from hfprune.structure.fitness import check_unadapted
+from hfprune.structure.slices import lists_of_layers
 
 Scope = Literal["global", "layer", "row"]
 Saliency = Mapping[str, torch.Tensor]
@@ -216,7 +217,7 @@ def _inside_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Every module in the lists of layers of a model, by its path."""
     root = model.base_model
     prefix = next(f"{name}." if name else "" for name, m in model.named_modules() if m is root)
-    lists = tuple(f"{n}." for n, m in root.named_modules() if isinstance(m, nn.ModuleList))
+    lists = tuple(f"{path}." for path in lists_of_layers(model))
     return {prefix + n: m for n, m in root.named_modules() if n.startswith(lists)}
 
 

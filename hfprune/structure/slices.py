@@ -109,6 +109,16 @@ def owned_slices(model: PreTrainedModel, group: Group) -> list[Slice]:
     return head_slices(layer, stack.attentions[group.part])
 
 
+def lists_of_layers(model: PreTrainedModel) -> list[str]:
+    """Paths in the base model of its lists of layers, of nested ones the outer; also of a family
+    that has no row.
+    """
+    modules = model.base_model.named_modules()
+    paths = [path for path, module in modules if isinstance(module, nn.ModuleList)]
+    inside = tuple(f"{path}." for path in paths)
+    return [path for path in paths if not path.startswith(inside)]
+
+
 def stack_of(model: PreTrainedModel, group: Group) -> Stack:
     """The row's stack that a group of this model belongs to."""
     return row_of(model.config.model_type).stacks[group.stack]
