@@ -1,5 +1,5 @@
-r"""What scoring costs: processor time over that of a forward pass on the same batches, and memory
-over that of a forward pass which keeps its activations.
+r"""What scoring costs: processor time and FLOPs over those of a forward pass on the same batches,
+and memory over that of a forward pass which keeps its activations.
 
     python benchmarks/scoring_cost.py .cache/minilm
     python benchmarks/scoring_cost.py .cache/gemma3-270m --gguf-file gemma-3-270m-q4_k_m.gguf \
@@ -8,9 +8,10 @@ over that of a forward pass which keeps its activations.
 The lower bound in time is about 2, a forward pass and a backward pass over activations, or what is
 left of it without the rows that have no gradient; what it aims at is 2.3. Full weight gradients, as
 Taylor scoring by weights needs them, stand beside it. Each takes turns with forward passes, batch
-by batch, so that a busy machine slows both, and the ratios are medians of rounds. Memory is what
-torch has allocated at most, on a few of the batches: it does not grow with them. It prints a table
-and draws it in runs/benchmark-scoring-cost/.
+by batch, so that a busy machine slows both, and the ratios are medians of rounds. On a few of the
+batches are counted FLOPs, which no busy machine blurs, as torch's own counter sees them (products
+of matrices, not the inverses that rank units), and memory, what torch has allocated at most. It
+prints a table and draws it in runs/benchmark-scoring-cost/.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from quality import ROOT
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -46,7 +48,9 @@ from hfprune.structure.fitness import forget_gguf
 RUNS = ROOT / "runs" / "benchmark-scoring-cost"
 FORWARD, KEEPING = "forward", "forward, activations kept"
 _FEW = 4
-"""Batches on which memory is measured: every allocation is noted down."""
+"""Batches on which memory is measured, because every allocation is noted down, and on which
+FLOPs are counted.
+"""
 AIMS = {"time": 2.3, "memory": 1.3}
 """What scoring should cost at most, over a forward pass and over one that keeps its activations."""
 
@@ -119,10 +123,12 @@ def main() -> None:
             seconds[name].append(own)
             ratios[name].append(own / alternating.seconds)
     memory = {name: peak(way, model, batches[:_FEW]) for name, way in ways.items()}
+    flops = {name: flops_of(way, model, batches[:_FEW]) for name, way in ways.items()}
     costs = {
         name: Cost(
             statistics.median(seconds[name]),
             statistics.median(ratios[name]),
+            flops[name] / flops[FORWARD],
             memory[name] / 1e6,
             memory[name] / memory[KEEPING],
         )
@@ -158,22 +164,27 @@ class Alternating(list[Batch]):
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one way: processor seconds over all batches, and MB; each as it is and as a ratio."""
+    """Of one way: processor seconds over all batches, and MB; each as it is and as a ratio, and
+    the ratio of FLOPs.
+    """
 
     seconds: float
     time: float
+    flops: float
     megabytes: float
     memory: float
 
 
 def show(costs: dict[str, Cost]) -> None:
     """Print a row per way."""
-    table = Table("what", "seconds", f"over {FORWARD}", "MB", f"over {KEEPING}")
+    over = f"over {FORWARD}"
+    table = Table("what", "seconds", over, f"FLOPs {over}", "MB", f"over {KEEPING}")
     for name, cost in costs.items():
         table.add_row(
             name,
             f"{cost.seconds:.2f}",
             f"{cost.time:.2f}",
+            f"{cost.flops:.2f}",
             f"{cost.megabytes:.0f}",
             f"{cost.memory:.2f}",
         )
@@ -218,6 +229,13 @@ def load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, list[Batch]]:
         mask = torch.ones_like(ids)
         batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
     return model, batches
+
+
+def flops_of(way: Callable[..., object], model: PreTrainedModel, batches: list[Batch]) -> int:
+    """Floating-point operations of matrix products on the way."""
+    with FlopCounterMode(display=False) as counter:
+        way(model, batches)
+    return counter.get_total_flops()
 
 
 def peak(way: Callable[..., object], model: PreTrainedModel, batches: list[Batch]) -> int:
