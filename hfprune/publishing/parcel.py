@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -30,6 +31,7 @@ SHIM = "modeling_hfprune.py"
 CARD = "README.md"
 _MODEL = {".safetensors", ".json", ".jinja", ".txt", ".model", ".spm", ".codes", ".tiktoken"}
 _NOT_MODEL = {RECORD, "trainer_state.json"}
+_CHECKPOINT = re.compile(r"checkpoint-\d+")  # how a Trainer calls its own, weights and all
 _BESIDE = ("plan.json", "kept.png")
 REPORT = "report.json"
 _OF_RUN = {REPORT, "report.md", "report.html"}
@@ -195,9 +197,12 @@ def parcel_of(model: Path, beside: Path, papers: Path) -> Parcel:
 
 
 def belongs(name: str) -> bool:
-    """Whether a file of a model's folder is part of the model: no pickles, no hidden files."""
+    """Whether a file of a model's folder is part of the model: no pickles, no hidden files, no
+    checkpoints of its training.
+    """
     path = Path(name)
-    if any(part.startswith(".") for part in path.parts) or name in _NOT_MODEL or _reports(name):
+    apart = any(p.startswith(".") or _CHECKPOINT.fullmatch(p) for p in path.parts)
+    if apart or path.name in _NOT_MODEL or _reports(name):
         return False
     return name == SHIM or path.suffix in _MODEL
 

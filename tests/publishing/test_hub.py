@@ -189,12 +189,16 @@ def test_leftovers_of_an_earlier_model_go(hub, tmp_path):
 
 
 def test_what_is_no_part_of_a_model_stays_here(hub, model):
-    for name in (".env", "optimizer.pt", "training_args.bin", "trainer_state.json", "own.py"):
+    checkpoint = shutil.copytree(model, model / "checkpoint-500").name
+    strangers = (".env", "optimizer.pt", "training_args.bin", "trainer_state.json", "own.py")
+    strangers += (f"{checkpoint}/trainer_state.json", "run/trainer_state.json")
+    for name in strangers:
+        (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text("private")
     said = []
     quietly(model, say=said.append)
     assert files(hub).keys() == MODEL_FILES | {".gitattributes"}
-    for name in (".env", "optimizer.pt", "training_args.bin", "trainer_state.json", "own.py"):
+    for name in (*strangers, f"{checkpoint}/model.safetensors"):
         assert any(name in line for line in said)
 
 
