@@ -165,7 +165,7 @@ def parcel_of(model: Path, beside: Path, papers: Path) -> Parcel:
         inside = path.relative_to(model).as_posix()
         if belongs(inside):
             files[inside] = path
-        elif inside not in (CARD, RECORD) and not (report and _reports(inside)):
+        elif inside not in (CARD, RECORD):
             left_out.append(inside)
     if not any(inside.endswith(".safetensors") for inside in files):
         raise PublishError(f"{model} has no weights in safetensors files.")
@@ -188,7 +188,7 @@ def parcel_of(model: Path, beside: Path, papers: Path) -> Parcel:
     return Parcel(
         model=model,
         files=files,
-        left_out=tuple(left_out),
+        left_out=tuple(name for name in left_out if name not in files),  # papers may lie beside
         config=config,
         recipe=recipe,
         plan=PruningPlan.load(plan) if plan.is_file() else None,

@@ -245,6 +245,7 @@ def test_what_was_published_can_be_published_again_with_its_quality(run, tmp_pat
     publish(run, "me/half", dry_run=tmp_path / "there", say=lambda line: None)
     with packed(run) as first, packed(tmp_path / "there") as again:
         assert first.files.keys() == again.files.keys()
+        assert not again.left_out
         assert again.recipe == first.recipe
     assert text_of(tmp_path / "there") == text_of(run)
     (result,) = data_of(tmp_path / "there").eval_results
