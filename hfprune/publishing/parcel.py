@@ -174,8 +174,7 @@ def parcel_of(model: Path, beside: Path, papers: Path) -> Parcel:
         for path in sorted(p for pattern in patterns for p in place.glob(pattern)):
             files[path.relative_to(place).as_posix()] = path
     recipe = {}
-    with suppress(FileNotFoundError):
-        said = yaml.safe_load((papers / "recipe.yaml").read_text(encoding="utf-8"))
+    if said := _recipe_in(papers):
         _pin(said, papers)
         places = sorted(_places(said), key=len, reverse=True)
         recipe = _without_places(said, places)
@@ -227,6 +226,17 @@ def _not_pruned(what: str) -> str:
         f"{what} was not pruned by hfprune: its config has no {KEY!r}. Publish it by its own"
         " push_to_hub."
     )
+
+
+def _recipe_in(papers: Path) -> dict[str, Any]:
+    """The recipe of a run; {} if there is none, or one of another program."""
+    try:
+        said = yaml.safe_load((papers / "recipe.yaml").read_text(encoding="utf-8"))
+    except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    parts = ("data", "score", "prune")
+    ours = isinstance(said, dict) and all(isinstance(said.get(part), dict) for part in parts)
+    return said if ours else {}
 
 
 def _pin(recipe: dict[str, Any], run: Path) -> None:

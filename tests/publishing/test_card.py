@@ -141,6 +141,15 @@ def test_without_a_report_nothing_is_said_of_quality_and_speed(folder):
     assert "base_model" not in ModelCard(text).data.to_dict() or not ModelCard(text).data.base_model
 
 
+@pytest.mark.parametrize("text", ["", "words", "a: [", "data: here\n", "stage:\n  targets: [x]\n"])
+def test_a_recipe_of_another_program_is_left_out(folder, tmp_path, text):
+    model = shutil.copytree(folder, tmp_path / "model")
+    (model / "recipe.yaml").write_text(text)
+    with packed(model) as parcel:
+        assert parcel.left_out == ("recipe.yaml",) and "recipe.yaml" not in parcel.files
+        assert "no recipe was kept" in card(parcel, "me/half")
+
+
 def test_lineage_over_repeated_prunings(tmp_path):
     once = saved.pruned(base=saved.BASE)
     anatomy = Anatomy.of(once)
