@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,8 @@ def _html(report: Report, drawn: Sequence[Picture]) -> str:
 
     header, *rows = report.cells()
     recipe = dict(report.recipe)
+    # Whole lines: a path that is folded is not found when places are taken out to publish.
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=math.inf)
     sections = {
         heading: [(p, _themed(p.svg)) for p in drawn if p.name.startswith(names)]
         for heading, names in _SECTIONS.items()
@@ -53,7 +56,7 @@ def _html(report: Report, drawn: Sequence[Picture]) -> str:
         header=header,
         rows=rows,
         sections=[(heading, found) for heading, found in sections.items() if found],
-        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else "",
+        recipe=text if recipe else "",
     )
 
 

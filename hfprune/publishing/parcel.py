@@ -267,8 +267,19 @@ def _without_places(values: Any, places: Sequence[str]) -> Any:
         return [_without_places(value, places) for value in values]
     if isinstance(values, str):
         for place in places:
-            values = values.replace(place, Path(place).name)
+            for written in (str, _in_json, _in_html):
+                values = values.replace(written(place), written(Path(place).name))
     return values
+
+
+def _in_json(text: str) -> str:
+    return json.dumps(text)[1:-1]
+
+
+def _in_html(text: str) -> str:
+    from markupsafe import escape
+
+    return str(escape(text))
 
 
 def _look_through(files: Mapping[str, Path | bytes], recipe: Any) -> None:

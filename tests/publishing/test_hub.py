@@ -3,6 +3,7 @@ anything is sent, and that no failure on the way harms what was there.
 """
 
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -24,7 +25,8 @@ import hfprune
 from hfprune.data import commit_of, load_splits
 from hfprune.errors import HfpruneError, PublishError
 from hfprune.publishing.hub import publish
-from hfprune.publishing.parcel import RECORD
+from hfprune.publishing.page import write_page
+from hfprune.publishing.parcel import RECORD, packed
 from hfprune.publishing.rehearsal_store import User
 from hfprune.recipe import Data, Recipe
 from hfprune.steps import steps_done
@@ -98,6 +100,21 @@ def test_a_run_arrives_with_its_papers(hub, tmp_path):
     assert json.loads(found["report.json"])["recipe"]["data"]["test"] == "test.jsonl"
     for name in papers - {"recipe.yaml", "report.json"}:
         assert found[name] == (run / name).read_bytes()
+
+
+def test_places_of_any_letters_are_cut(tmp_path):
+    """The report holds them as JSON and as HTML write them."""
+    home = "/home/josé & <söhne>/a folder whose name is longer than a line of YAML is by default"
+    recipe = json.loads(json.dumps(saved.RECIPE).replace("/home/somebody", home))
+    run = saved.run(tmp_path / "run", **recipe)
+    report = dataclasses.replace(saved.report(run=run), recipe=recipe)
+    (run / "report.json").write_text(json.dumps(report.to_dict()))
+    write_page(report, run / "report.html")
+    with packed(run) as parcel:
+        sent = {name: parcel.files[name] for name in ("recipe.yaml", "report.json", "report.html")}
+    for name, content in sent.items():
+        assert b"test.jsonl" in content, name
+        assert not re.search(rb"/home|jos|longer than", content), name
 
 
 def test_a_model_in_memory_arrives(hub, tmp_path):
