@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hfprune.errors import PublishError
 from hfprune.publishing.parcel import SHIM, Parcel
 from hfprune.publishing.rendering import template
+from hfprune.publishing.units import NAMES, units_of
 from hfprune.publishing.wording import kilowatt_hours
 from hfprune.structure.modeling_hfprune import KEY
 
@@ -244,10 +245,10 @@ def _units(parcel: Parcel) -> str:
     if plan is None:
         return "attention heads and FFN neurons"
     parts = []
-    for kind, name in (("head", "attention heads"), ("neuron", "FFN neurons")):
-        groups = [group for group in plan.anatomy if group.kind == kind]
-        before = sum(group.units for group in groups)
-        after = sum(len(plan.keep[group.name]) for group in groups)
+    rows = units_of(plan)
+    for kind, name in NAMES.items():
+        before = sum(row.total for row in rows if row.kind == kind)
+        after = sum(row.kept for row in rows if row.kind == kind)
         if after < before:
             parts.append(f"{name} ({before:,} to {after:,})")
     parts += [f"layers ({len(gone)} of {name})" for name, gone in plan.dropped.items()]

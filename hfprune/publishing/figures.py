@@ -38,7 +38,7 @@ from hfprune.publishing.panels import (
     style,
     unit_of,
 )
-from hfprune.publishing.units import MARKS, units_of
+from hfprune.publishing.units import MARKS, NAMES, units_of
 from hfprune.publishing.wording import duration, kilowatt_hours, milliseconds
 
 if TYPE_CHECKING:
@@ -60,7 +60,6 @@ _COST = "MACs of the layers that stay (%)"
 _BAR = 48  # characters of a full bar in the terminal
 _WIDTH = 4.2  # inches of a picture, so that its letters are 11 px on a screen of 400
 _PROLOG = '<?xml version="1.0" encoding="utf-8"?>\n'
-_NAMES = {"head": "attention heads", "neuron": "FFN neurons", "expert": "routed experts"}
 
 
 @dataclass(frozen=True)
@@ -217,7 +216,7 @@ def _of_units(rows: Sequence[Units]) -> Picture:
 
 
 def _staying(rows: Sequence[Units]) -> str:
-    name = _NAMES[rows[0].kind]
+    name = NAMES[rows[0].kind]
     return f"{name[0].upper()}{name[1:]} that stay"
 
 
@@ -233,7 +232,7 @@ def _of_importance(rows: Sequence[Units], criterion: str) -> Picture | None:
     shape = f"a {kind} a dot" if dots else f"the higher, the more {kind}s"
     edge = " Those of (nearly) no importance stand at the left edge." * (values[0] < floor)
     medians = "; ".join(f"layer {row.place}: {_medians(row)}" for row in rows)
-    title = f"Importance of the {_NAMES[kind]}"
+    title = f"Importance of the {NAMES[kind]}"
     return Picture(
         f"importance-{kind}s",
         title,

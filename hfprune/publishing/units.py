@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 MARKS = 96
 """More units than this are counted and drawn as one bar, not one by one."""
 
+NAMES = {"head": "attention heads", "neuron": "FFN neurons", "expert": "routed experts"}
+"""What the kinds of units are called."""
+
 SAMPLED = 60
 """So many importances of a group's kept units, and of its removed ones, stand for all of them."""
 

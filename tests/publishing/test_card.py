@@ -1,5 +1,6 @@
 """The model card: metadata by the Hub's own loader, a page whose code runs, people's words kept."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -163,6 +164,16 @@ def test_lineage_over_repeated_prunings(tmp_path):
     assert f"[base/bert](https://huggingface.co/base/bert) at `{'5' * 40}`" in text
     assert ModelCard(text).data.base_model == "base/bert"
     assert "in 2 steps" in text
+
+
+def test_experts_that_were_removed_are_counted(tmp_path):
+    model = tiny.model("mixtral")
+    plan = saved.plan_of(model)
+    experts = {block.name: (0, 2, 5) for block in plan.anatomy.experts}
+    plan = dataclasses.replace(plan, keep=plan.keep | experts)
+    hfprune.remove(model, plan).save_pretrained(tmp_path / "moe")
+    plan.save(tmp_path / "moe" / "plan.json")
+    assert "routed experts (18 to 9)" in text_of(tmp_path / "moe")
 
 
 def test_the_code_of_the_page_loads_the_model(hub, folder, tmp_path, monkeypatch):
