@@ -22,6 +22,7 @@ from hfprune.structure.modeling_hfprune import KEY
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
+    from hfprune.planning.plan import PruningPlan
     from hfprune.publishing.report import Report
 
 BEGIN = "<!-- hfprune: what stands between these two marks is written anew when published -->"
@@ -226,7 +227,7 @@ def _page(parcel: Parcel, repo_id: str, revision: str | None, family: str) -> st
 
 
 def _summary(parcel: Parcel) -> str:
-    base, plan = base_of(parcel), parcel.plan
+    base, plan = base_of(parcel), _plan_of_all(parcel)
     lineage = parcel.config[KEY].get("lineage", [])
     source = f"[{base[0]}](https://huggingface.co/{base[0]})" if base else "A dense model"
     done = f"{source}, pruned by hfprune: whole {_units(parcel)} are removed"
@@ -239,9 +240,16 @@ def _summary(parcel: Parcel) -> str:
     return f"{done}. Its layers keep {macs:.0%} of the MACs and {params:.0%} of the parameters."
 
 
+def _plan_of_all(parcel: Parcel) -> PruningPlan | None:
+    """The plan by which the base became this model; None if it was the last step's alone."""
+    steps, plan = parcel.config[KEY].get("lineage", []), parcel.plan
+    is_last = plan is not None and len(steps) > 1 and steps[-1]["plan"] == plan.fingerprint
+    return None if is_last else plan
+
+
 def _units(parcel: Parcel) -> str:
     """What was removed, by kind, as "attention heads (72 to 35) and FFN neurons (...)"."""
-    plan = parcel.plan
+    plan = _plan_of_all(parcel)
     if plan is None:
         return "attention heads and FFN neurons"
     parts = []

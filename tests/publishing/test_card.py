@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 
 import hfprune
 from hfprune.errors import PublishError
+from hfprune.planning.budget import Budget
 from hfprune.planning.plan import PruningPlan
 from hfprune.publishing.card import BEGIN, END, RELATION, card
 from hfprune.publishing.hub import publish
@@ -164,6 +165,12 @@ def test_lineage_over_repeated_prunings(tmp_path):
     assert f"[base/bert](https://huggingface.co/base/bert) at `{'5' * 40}`" in text
     assert ModelCard(text).data.base_model == "base/bert"
     assert "in 2 steps" in text
+    # The plan of the last step says nothing of what the base has lost in all.
+    last = PruningPlan(anatomy, keep, Budget.parse("params=70%"), "taylor", 9)
+    copy_and_cut(once, keep, last.summary).save_pretrained(tmp_path / "planned")
+    last.save(tmp_path / "planned" / "plan.json")
+    text = text_of(tmp_path / "planned")
+    assert "in 2 steps" in text and " to " not in text.split("pruned by hfprune:")[1].split(".")[0]
 
 
 def test_experts_that_were_removed_are_counted(tmp_path):
