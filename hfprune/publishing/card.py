@@ -137,6 +137,8 @@ def _metadata(
     dataset = parcel.recipe.get("data", {}).get("dataset")
     if dataset:
         taken["datasets"] = list(dict.fromkeys([*_listed(taken.get("datasets")), dataset]))
+    if "license" in kept:  # the name and link that the base has are of another
+        taken = {k: v for k, v in taken.items() if not k.startswith("license")}
     values = {**taken, **kept}
     if license:
         values = {k: v for k, v in values.items() if not k.startswith("license")}

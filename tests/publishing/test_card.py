@@ -221,13 +221,15 @@ def test_peoples_words_and_metadata_stay(run, folder):
     mine = (
         f"---\nlicense: mit\nextra: 1\ntags: [mine]\n---\n\n# Read me\n\n{BEGIN}\nold\n{END}\n\nBye"
     )
-    text = text_of(run, previous=mine, inherited={"license": "other"})
+    others = {"license": "other", "license_name": "own", "license_link": "LICENSE"}
+    text = text_of(run, previous=mine, inherited=others)
     above, _, rest = text.partition(BEGIN)
     made, _, below = rest.partition(END)
     assert above.endswith("# Read me\n\n") and below.strip() == "Bye"
     assert "old" not in made.split("\n")
     data = ModelCard(text).data
     assert data.license == "mit"  # people know better than the base's card
+    assert not {"license_name", "license_link"} & data.to_dict().keys()
     assert data.to_dict()["extra"] == 1
     assert "mine" in data.tags and "hfprune" in data.tags
     assert text_of(run, previous=text) == text_of(run, previous=text_of(run, previous=text))
