@@ -143,6 +143,8 @@ def _metadata(
     if license:
         values = {k: v for k, v in values.items() if not k.startswith("license")}
         values["license"] = license
+    if "language" in values:
+        values["language"] = _spelled(values["language"])
     values["tags"] = [*TAGS, *(t for t in _listed(kept.get("tags")) if t not in TAGS)]
     values |= {"library_name": "transformers", "pipeline_tag": task_of(parcel)}
     if emitted := _emissions(parcel.report):
@@ -154,6 +156,13 @@ def _metadata(
     if results:
         values |= {"model_name": repo_id.split("/")[-1], "eval_results": results}
     return ModelCardData(**values).to_yaml()
+
+
+def _spelled(language: Any) -> Any:
+    """A language, or several; the client's YAML takes Norwegian (`no`) for false."""
+    if isinstance(language, list):
+        return [_spelled(one) for one in language]
+    return "no" if language is False else language
 
 
 def _source_of(emissions: Any) -> Any:

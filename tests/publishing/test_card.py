@@ -270,6 +270,14 @@ def test_what_a_base_says_is_taken_over(hub, tmp_path):
     assert ModelCard.load("me/half").data.license == "other"  # it was on the card already
 
 
+@pytest.mark.parametrize(("said", "told"), [("no", "no"), ("[en, no]", ["en", "no"])])
+def test_norwegian_is_no_false(run, said, told):
+    previous = f"---\nlanguage: {said}\n---\n"
+    assert data_of(run, previous=previous).language == told
+    inherited = ModelCard(previous).data.to_dict()
+    assert data_of(run, inherited=inherited).language == told
+
+
 def test_what_was_published_can_be_published_again_with_its_quality(run, tmp_path):
     publish(run, "me/half", dry_run=tmp_path / "there", say=lambda line: None)
     with packed(run) as first, packed(tmp_path / "there") as again:
