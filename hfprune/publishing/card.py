@@ -6,6 +6,7 @@ writes around them stays. What was not measured is not printed.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -34,10 +35,6 @@ RELATION = "finetune"
 TAGS = ("hfprune", "pruned", "structured-pruning")
 _OF_BASE = ("base_model", "base_model_relation")
 _ALWAYS_ANEW = ("library_name", "pipeline_tag", "model-index")
-_PROCESSORS = (
-    ("tokenizer_config.json", "tokenizer", "AutoTokenizer"),
-    ("preprocessor_config.json", "image processor", "AutoImageProcessor"),
-)
 _OUR_COUNT = "hfprune"  # how the source of emissions begins that hfprune counted
 _TASKS = {
     "ForSequenceClassification": "text-classification",
@@ -227,7 +224,7 @@ def _page(parcel: Parcel, repo_id: str, revision: str | None, family: str) -> st
         stock=parcel.is_stock,
         shim=SHIM,
         auto_class=_auto_class(parcel),
-        processors=[p for file, *p in _PROCESSORS if file in parcel.files],
+        processors=_processors(parcel),
         made=_made(parcel),
         lineage=parcel.config[KEY].get("lineage", []),
         limits=_limits(parcel),
@@ -309,6 +306,21 @@ def _auto_class(parcel: Parcel) -> str:
     (cls, *_) = parcel.config.get("architectures") or ["AutoModel"]
     found = parcel.config.get("auto_map", {})
     return next((auto for auto, path in found.items() if path.endswith(f".{cls}")), cls)
+
+
+def _processors(parcel: Parcel) -> list[tuple[str, str]]:
+    """What reads the model's inputs, and the auto class to load it by."""
+    if "processor_config.json" in parcel.files:  # it has the others
+        return [("processor", "AutoProcessor")]
+    found = []
+    if "tokenizer_config.json" in parcel.files:
+        found.append(("tokenizer", "AutoTokenizer"))
+    settings = parcel.files.get("preprocessor_config.json")
+    if isinstance(settings, Path):
+        of_sound = "feature_extractor_type" in json.loads(settings.read_text(encoding="utf-8"))
+        what = "feature extractor" if of_sound else "image processor"
+        found.append((what, "AutoFeatureExtractor" if of_sound else "AutoImageProcessor"))
+    return found
 
 
 def _made(parcel: Parcel) -> list[str]:

@@ -151,6 +151,32 @@ def test_an_image_model_arrives_with_its_processor(hub):
     assert "tokenizer" not in card
 
 
+def test_what_reads_sound_is_called_so(hub):
+    import tiny
+    from transformers import AutoFeatureExtractor, Wav2Vec2FeatureExtractor
+
+    dense = tiny.model("wav2vec2")
+    quietly(
+        hfprune.remove(dense, saved.plan_of(dense)),
+        processor=Wav2Vec2FeatureExtractor(sampling_rate=8000),
+    )
+    assert AutoFeatureExtractor.from_pretrained("me/model").sampling_rate == 8000
+    card = files(hub)["README.md"].decode()
+    assert 'Its feature extractor: `AutoFeatureExtractor.from_pretrained("me/model")`' in card
+
+
+def test_a_processor_of_several_parts_is_one(hub):
+    import tiny
+    from transformers import AutoProcessor, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
+
+    dense = tiny.model("wav2vec2")
+    both = Wav2Vec2Processor(Wav2Vec2FeatureExtractor(sampling_rate=8000), tiny_tokenizer())
+    quietly(hfprune.remove(dense, saved.plan_of(dense)), processor=both)
+    assert AutoProcessor.from_pretrained("me/model").feature_extractor.sampling_rate == 8000
+    card = files(hub)["README.md"].decode()
+    assert 'Its processor: `AutoProcessor.from_pretrained("me/model")`' in card
+
+
 def test_a_name_alone_is_under_the_user(hub, model):
     assert quietly(model, "model").repo_id == "me/model"
     assert quietly(model, "org/model", private=True).repo_id == "org/model"
