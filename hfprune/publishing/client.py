@@ -290,7 +290,7 @@ def left_over(there: Mapping[str, str], files: Mapping[str, Path | bytes]) -> li
         and (
             path in OURS
             or path.startswith(f"{FIGURES}/")
-            or path.endswith((".safetensors", ".safetensors.index.json"))
+            or ("/" not in path and path.endswith((".safetensors", ".safetensors.index.json")))
         )
     ]
 

@@ -231,6 +231,13 @@ def test_leftovers_of_an_earlier_model_go(hub, tmp_path):
     assert b"# Mine" in files(hub)["README.md"]
 
 
+def test_weights_that_others_keep_in_folders_stay(hub, model):
+    quietly(model)
+    head = hub.put("me/model", {"lora/adapter_model.safetensors": b"theirs"})
+    quietly(saved.save(model, seed=1), parent_commit=head)
+    assert files(hub)["lora/adapter_model.safetensors"] == b"theirs"
+
+
 def test_what_is_no_part_of_a_model_stays_here(hub, model):
     checkpoint = shutil.copytree(model, model / "checkpoint-500").name
     strangers = (".env", "optimizer.pt", "training_args.bin", "trainer_state.json", "own.py")
