@@ -9,7 +9,8 @@ from typing import Any
 from hfprune.errors import HfpruneError
 
 _KEYS = re.compile(r"(^|_)(token|password|secret|api_?key|credentials?)$", re.IGNORECASE)
-_VALUES = re.compile(r"\bhf_\w{20,}|://[^/\s:@]+:[^/\s@]+@")  # a Hub token; a URL with a password
+# A Hub token; a URL with a password.
+_VALUES = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}|://[^/\s:@]+:[^/\s@]+@")
 
 
 def refuse_secrets(values: Any, where: str) -> None:

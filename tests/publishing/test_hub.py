@@ -28,6 +28,7 @@ from hfprune.publishing.hub import publish
 from hfprune.publishing.page import write_page
 from hfprune.publishing.parcel import RECORD, packed
 from hfprune.publishing.rehearsal_store import User
+from hfprune.publishing.secrets import refuse_secrets
 from hfprune.recipe import Data, Recipe
 from hfprune.steps import steps_done
 
@@ -391,6 +392,14 @@ def test_a_recipe_with_a_secret_is_refused(hub, tmp_path, changes):
         assert SECRET not in str(caught.value)
     assert not hub.log
     assert not (tmp_path / "dry").exists()
+
+
+def test_names_that_only_begin_like_a_token_are_none(tmp_path):
+    run = saved.run(tmp_path / "run", model="org/hf_movie_reviews_sentiment_model")
+    with packed(run) as parcel:
+        assert parcel.recipe["model"] == "org/hf_movie_reviews_sentiment_model"
+    with pytest.raises(HfpruneError, match="looks like a secret"):
+        refuse_secrets(f"runs/token_{SECRET}", "here")
 
 
 def test_other_files_with_a_secret_are_refused(hub, model):
