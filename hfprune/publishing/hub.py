@@ -212,7 +212,13 @@ def send(client: Client, order: Order, terms: Terms) -> Published:
             )
         terms.say(f"Uploaded as one commit: {url}")
     if not terms.create_pr:
-        record(order.source, name, branch, commit)
+        try:
+            record(order.source, name, branch, commit)
+        except OSError as error:  # it is published all the same
+            terms.say(
+                f"  warning: {order.source} cannot remember it ({error.strerror}). Next time,"
+                f" publish on top of {commit} (--parent)."
+            )
     found = _verify(client, order, commit, terms.say) if terms.verify else {}
     return Published(name, branch, commit, url, tuple(files), found, tuple(order.warnings))
 

@@ -315,18 +315,25 @@ def recorded(source: Any, repo_id: str, revision: str) -> str | None:
     """The commit as which a folder was last published at a revision; None if it was not."""
     if isinstance(source, PreTrainedModel):
         return None
-    with suppress(FileNotFoundError):
-        known = json.loads((Path(source) / RECORD).read_text())
-        return known.get(repo_id, {}).get(revision)
-    return None
+    return _record_in(Path(source)).get(repo_id, {}).get(revision)
 
 
 def record(source: Any, repo_id: str, revision: str, commit: str) -> None:
     """Remember the commit as which a folder was published."""
     if isinstance(source, PreTrainedModel):
         return
-    path, known = Path(source) / RECORD, {}
-    with suppress(FileNotFoundError):
-        known = json.loads(path.read_text())
+    known = _record_in(Path(source))
     known.setdefault(repo_id, {})[revision] = commit
-    write_whole(path, json.dumps(known, indent=2) + "\n")
+    write_whole(Path(source) / RECORD, json.dumps(known, indent=2) + "\n")
+
+
+def _record_in(folder: Path) -> dict[str, dict[str, str]]:
+    try:
+        return dict(json.loads((folder / RECORD).read_text()))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise PublishError(
+            f"{folder / RECORD} cannot be read: {error}. Delete it: it only remembers as which"
+            " commits the folder was published."
+        ) from error

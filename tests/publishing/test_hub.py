@@ -209,6 +209,24 @@ def test_a_pull_request_leaves_the_branch(hub, model):
         quietly(model, "other/model", create_pr=True, revision="other")
 
 
+def test_a_folder_that_cannot_remember_is_published_all_the_same(hub, model, monkeypatch):
+    def refuse(path, text):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("hfprune.publishing.parcel.write_whole", refuse)
+    said = []
+    done = quietly(model, say=said.append)
+    assert done.commit == hub.repos["me/model"].refs["refs/heads/main"]
+    assert any("cannot remember it (Permission denied)" in line for line in said)
+
+
+def test_a_memory_that_cannot_be_read_is_named(hub, model):
+    (model / RECORD).write_text('{"me/mod')
+    with pytest.raises(PublishError, match=r"published\.json cannot be read.*Delete it"):
+        quietly(model)
+    assert untouched(hub)
+
+
 def test_the_same_again_changes_nothing(hub, model):
     before = quietly(model)
     said = []
