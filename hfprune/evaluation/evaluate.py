@@ -149,7 +149,8 @@ def evaluate_classification(
 
     Args:
         model: Called with a batch's tensors; its output has `logits` (batch, classes).
-        batches: Dicts of tensors, a DataLoader for one; `labels` (batch,) are class numbers.
+        batches: Dicts of tensors, a DataLoader for one; `labels` (batch,) are class numbers, -100
+            where an example is not to count.
         metric: `accuracy`, `f1_macro` or `f1_binary`.
         progress: Show a bar once it takes longer than two seconds.
         seed: Of the bootstrap.
@@ -177,15 +178,31 @@ def evaluate_classification(
                     "The model's logits hold NaN or infinity, so it predicts nothing: check its "
                     "weights, or evaluate in float32."
                 )
-            predictions.append(logits.argmax(dim=-1).cpu().numpy())
-            references.append(labels.cpu().numpy())
+            labels = labels.cpu()
+            counted = labels != IGNORED
+            _check_known(labels[counted], logits.shape[1])
+            predictions.append(logits.argmax(dim=-1).cpu()[counted].numpy())
+            references.append(labels[counted].numpy())
     if sum(map(len, references)) == 0:
-        raise DataError("No examples to evaluate on: the batches are empty or already used up.")
+        raise DataError(
+            "No examples to evaluate on: the batches are empty or already used up, or every label"
+            f" is {IGNORED}."
+        )
     columns = {
         "predictions": np.concatenate(predictions),
         "references": np.concatenate(references),
     }
     return quality_of(metric, columns, seed)
+
+
+def _check_known(labels: torch.Tensor, classes: int) -> None:
+    """Refuse labels of no class of the model: they would all count as wrong."""
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise DataError(
+            f"The labels go from {int(labels.min())} to {int(labels.max())}, and the model knows"
+            f" the classes 0 to {classes - 1}: a test split whose labels are hidden, or another"
+            " model's?"
+        )
 
 
 def evaluate_perplexity(

@@ -88,6 +88,16 @@ def test_interval_of_accuracy_is_about_the_normal_one():
     assert quality.high == pytest.approx(0.8 + half, abs=0.004)
 
 
+def test_examples_without_a_label_do_not_count(answers):
+    said, labels = answers
+    part = labels.clone()
+    part[::3] = -100
+    known = part != -100
+    quality = evaluate_classification(Echo(), batches_of(said, part), progress=False)
+    assert quality.value == pytest.approx(float((said == labels)[known].float().mean()))
+    assert quality.examples == int(known.sum())
+
+
 def test_modes_of_the_modules_come_back(answers):
     model = Echo().train()
     model.dropout.eval()
@@ -109,6 +119,9 @@ def test_dropout_is_off_while_evaluating(answers):
         ([{"said": torch.tensor([0])}], "without labels: it has said"),
         ([{"said": torch.tensor([0]), "labels": torch.tensor([0.5])}], "float32"),
         ([{"said": torch.tensor([0, 1]), "labels": torch.tensor([[0], [1]])}], r"\(2, 1\)"),
+        ([{"said": torch.tensor([0, 1]), "labels": torch.tensor([-1, -1])}], "from -1 to -1"),
+        ([{"said": torch.tensor([0, 1]), "labels": torch.tensor([0, 9])}], "from 0 to 9"),
+        ([{"said": torch.tensor([0]), "labels": torch.tensor([-100])}], "No examples"),
     ],
 )
 def test_examples_that_cannot_serve_are_refused(batches, message):
