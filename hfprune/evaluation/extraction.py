@@ -149,14 +149,21 @@ def evaluate_entities(
         seed: Of the bootstrap, which draws texts.
 
     Raises:
-        DataError: No examples, no labels, or no entity is right in any of them.
+        DataError: No examples, no labels, no entity is right in any of them, or logits that are not
+            finite.
     """
     names: Mapping[int, str] = model.config.id2label  # type: ignore[union-attr, assignment]
     rows: list[tuple[int, int, int]] = []
     with inference(model) as device:
         for batch in progress_bar(batches, "entities", progress):
             labels = labels_of(batch)
-            predicted = model(**model_inputs(batch, device)).logits.argmax(-1).cpu()
+            logits = model(**model_inputs(batch, device)).logits
+            if not logits.isfinite().all():
+                raise DataError(
+                    "The model's logits hold NaN or infinity, so it finds nothing: check its"
+                    " weights, or evaluate in float32."
+                )
+            predicted = logits.argmax(-1).cpu()
             for given, label in zip(predicted, labels.cpu(), strict=True):
                 counted = label != IGNORED
                 found, right = (

@@ -180,6 +180,14 @@ def test_entities_are_right_by_their_words_and_type():
         evaluate_entities(Tagger(), [none], progress=False)
 
 
+def test_entities_by_logits_that_are_not_numbers_are_refused():
+    model = Tagger()
+    model.scale.data.fill_(float("nan"))
+    batch = {"said": torch.tensor([[1, 2]]), "labels": torch.tensor([[1, 2]])}
+    with pytest.raises(DataError, match="NaN"):
+        evaluate_entities(model, [batch], progress=False)
+
+
 def test_the_perplexity_of_what_an_encoder_decoder_is_to_write():
     model = tiny.model("t5")
     generator = torch.Generator().manual_seed(2)
