@@ -331,12 +331,11 @@ class Report:
     def caveats(self) -> list[str]:
         """What the figures do not say by themselves."""
         quality, measured = self.result.quality, self.result.measured
-        scale = 1 if quality.metric == "perplexity" else 100
-        half = scale * (quality.high - quality.low) / 2
-        unit = "" if quality.metric == "perplexity" else " points"
+        half = (quality.high - quality.low) / 2
+        about = f"{half:,.2f}" if quality.metric == "perplexity" else f"{100 * half:.1f} points"
         found = [
             f"Noise: with {quality.examples:,} test examples the {quality.metric} of one model is"
-            f" known to about ±{half:.1f}{unit}. The intervals hold the chance of the test examples"
+            f" known to about ±{about}. The intervals hold the chance of the test examples"
             " only; another seed of training would add its own.",
         ]
         if self.pruning:

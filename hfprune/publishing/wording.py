@@ -45,7 +45,7 @@ def verdict(dense: Quality, result: Quality, difference: Difference) -> str:
 def with_interval(quality: Quality) -> str:
     """A quality with its interval: "86.5% [84.5%, 88.6%]"."""
     if quality.metric == "perplexity":
-        return f"{quality.value:.2f} [{quality.low:.2f}, {quality.high:.2f}]"
+        return f"{quality.value:,.2f} [{quality.low:,.2f}, {quality.high:,.2f}]"
     return f"{quality.value:.1%} [{quality.low:.1%}, {quality.high:.1%}]"
 
 
@@ -53,16 +53,20 @@ def to_dense(difference: Difference | None) -> str:
     """A difference to the dense model with its interval, in points; nothing for that model."""
     if difference is None:
         return ""
-    scale = 1 if difference.metric == "perplexity" else 100
-    value, low, high = (scale * x for x in (difference.value, difference.low, difference.high))
-    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+    ends = (difference.value, difference.low, difference.high)
+    value, low, high = (_signed(x, difference.metric) for x in ends)
+    return f"{value} [{low}, {high}]"
+
+
+def _signed(value: float, metric: str) -> str:
+    """A difference to as many places as the values that it is of."""
+    return f"{value:+,.2f}" if metric == "perplexity" else f"{100 * value:+.1f}"
 
 
 def points(difference: Difference) -> str:
     """A difference as "-0.5 points of accuracy"."""
     unit = "" if difference.metric == "perplexity" else " points"
-    scale = 1 if difference.metric == "perplexity" else 100
-    return f"{scale * difference.value:+.1f}{unit} of {difference.metric}"
+    return f"{_signed(difference.value, difference.metric)}{unit} of {difference.metric}"
 
 
 def smaller(before: Measurement, after: Measurement) -> tuple[str, str]:

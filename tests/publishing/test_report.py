@@ -8,6 +8,7 @@ import pytest
 from reports import NAMES, make, variant
 
 from hfprune.publishing.report import Judged, Report
+from hfprune.publishing.wording import with_interval
 
 
 def test_it_comes_back_from_json():
@@ -93,7 +94,11 @@ def test_perplexity_is_no_percentage():
     header, first, second = report.cells()[:3]
     assert header[1] == "perplexity [95 %]"
     assert first[1] == "12.50 [12.48, 12.52]"
-    assert second[2] == "+1.4 [-0.1, +0.0]"
+    assert second[2] == "+1.39 [-0.05, +0.01]"
+    assert facts_of(report)["Quality"].value == "+5.36 of perplexity"
+    assert "is known to about ±0.02. The" in report.caveats()[0]
+    vast = dataclasses.replace(report.dense.quality, value=1.5e6, low=1e6, high=2e6)
+    assert with_interval(vast) == "1,500,000.00 [1,000,000.00, 2,000,000.00]"
 
 
 def test_energy_has_a_column_where_it_was_read():
