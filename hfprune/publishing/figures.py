@@ -37,6 +37,7 @@ from hfprune.publishing.panels import (
     scale_of,
     style,
     unit_of,
+    written,
 )
 from hfprune.publishing.units import MARKS, NAMES, units_of
 from hfprune.publishing.wording import duration, kilowatt_hours, milliseconds
@@ -260,7 +261,9 @@ def _of_quality(report: Report) -> Picture:
     qualities = {v.name: v.quality for v in report.variants}
     scale, metric = scale_of(report.dense.quality.metric), report.dense.quality.metric
     listed = "; ".join(
-        f"{name}: {scale * q.value:.1f} [{scale * q.low:.1f}, {scale * q.high:.1f}]"
+        "{}: {} [{}, {}]".format(
+            name, *(written(scale * x, metric) for x in (q.value, q.low, q.high))
+        )
         for name, q in qualities.items()
     )
     title = "Quality on the test split"
@@ -282,7 +285,10 @@ def _of_curve(report: Report) -> Picture:
         for p in report.curve
     ]
     listed = "; ".join(
-        f"{p.series} at {p.budget:.0%}: {p.mean:.1f} [{p.low:.1f}, {p.high:.1f}]" for p in points
+        "{} at {:.0%}: {} [{}, {}]".format(
+            p.series, p.budget, *(written(x, metric) for x in (p.mean, p.low, p.high))
+        )
+        for p in points
     )
     title = "Quality against cost"
     return Picture(

@@ -15,6 +15,7 @@ from hfprune.publishing.wording import duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
     from hfprune.evaluation.evaluate import Quality
     from hfprune.evaluation.measure import Latency
@@ -34,6 +35,7 @@ LINES = (
 """Color, marker and dashes of one line after the other."""
 
 _BINS = 36  # of a distribution
+_FAR = 10  # times as large: on a linear axis, all but the largest would be one
 _DOTTED = (0, (2, 2))
 _BARS: dict[str, Any] = {"capsize": 3, "elinewidth": 1.1, "lw": 1.6, "ms": 5.5}
 _OVER_LINES: dict[str, Any] = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.8}
@@ -195,7 +197,10 @@ def draw_qualities(axes: Axes, qualities: Mapping[str, Quality]) -> None:
         color = KEPT if y else MUTED
         ends = _ends([(low, value, high)])
         axes.errorbar([value], [y], xerr=ends, color=color, marker="o", **_BARS)
-        axes.text(value, y - 0.17, f"{value:.1f}", ha="center", va="bottom", bbox=_OVER_LINES)
+        text = written(value, quality.metric)
+        axes.text(value, y - 0.17, text, ha="center", va="bottom", bbox=_OVER_LINES)
+    if qualities[names[0]].metric == "perplexity":
+        _spread(axes, "x", [quality.value for quality in qualities.values()])
     level = scale * qualities[names[0]].value
     axes.axvline(level, color=MUTED, lw=1, ls=_DOTTED, zorder=1)
     axes.set(xlabel=unit_of(qualities[names[0]].metric), ylim=(len(names) - 0.5, -0.75))
@@ -225,6 +230,8 @@ def draw_points(axes: Axes, points: Sequence[CurvePoint], quality: str, cost: st
             **_BARS,
         )
     axes.set(xlabel=cost, ylabel=quality)
+    if quality == unit_of("perplexity"):
+        _spread(axes, "y", [p.mean for p in points])
 
 
 def draw_latencies(axes: Axes, lines: Mapping[str, Mapping[int, Latency]], xlabel: str) -> None:
@@ -270,13 +277,29 @@ def _ends(intervals: Sequence[tuple[float, float, float]]) -> list[list[float]]:
 
 def _plain_ticks(axes: Axes, sizes: Sequence[int]) -> None:
     """On logarithmic axes: the sizes that were measured, and numbers that are not powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import NullLocator
 
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    _plain_numbers(axes.yaxis, (1, 2, 5))
+
+
+def _spread(axes: Axes, which: str, values: Sequence[float]) -> None:
+    """Make an axis, "x" or "y", logarithmic if its values are far apart."""
+    times = max(values) / min(values)
+    if times > _FAR:
+        axes.set(**{f"{which}scale": "log"})
+        axis: Axis = axes.xaxis if which == "x" else axes.yaxis
+        _plain_numbers(axis, (1, 2, 5) if times < _FAR**3 else (1,))
+
+
+def _plain_numbers(axis: Axis, steps: Sequence[float]) -> None:
+    """On a logarithmic axis: ticks at these in every decade, numbers that are no powers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.15g}"))
 
 
 def draw_seconds(axes: Axes, seconds: Mapping[str, float]) -> None:
@@ -293,6 +316,11 @@ def draw_seconds(axes: Axes, seconds: Mapping[str, float]) -> None:
 def scale_of(metric: str) -> float:
     """Shares are drawn in percent, perplexity as it is."""
     return 1 if metric == "perplexity" else 100
+
+
+def written(value: float, metric: str) -> str:
+    """A quality as it is drawn, with as many places as the table has."""
+    return f"{value:,.2f}" if metric == "perplexity" else f"{value:.1f}"
 
 
 def unit_of(metric: str) -> str:

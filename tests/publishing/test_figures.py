@@ -10,8 +10,15 @@ import torch
 from matplotlib.figure import Figure
 from reports import make, plan_of, scores_of
 
+from hfprune.evaluation.evaluate import Quality
 from hfprune.publishing.figures import THEME, draw_curve, draw_kept, kept_as_text, pictures
-from hfprune.publishing.panels import GONE, KEPT, draw_importance, draw_points
+from hfprune.publishing.panels import (
+    GONE,
+    KEPT,
+    draw_importance,
+    draw_points,
+    draw_qualities,
+)
 from hfprune.publishing.report import CurvePoint
 from hfprune.publishing.units import Pruning, Units
 from hfprune.publishing.wording import duration
@@ -257,3 +264,22 @@ def test_more_structures_than_styles_are_drawn():
 )
 def test_times_are_said_as_a_person_says_them(seconds, said):
     assert duration(seconds) == said
+
+
+def test_perplexities_far_apart_are_told_apart():
+    def quality_of(values):
+        return {
+            str(value): Quality("perplexity", value, 0.9 * value, 1.1 * value, 9)
+            for value in values
+        }
+
+    for values, scale in (((12.5, 14.0, 30.0), "linear"), ((12.5, 14.0, 2.5e5), "log")):
+        axes = Figure().subplots()
+        draw_qualities(axes, quality_of(values))
+        assert axes.get_xscale() == scale
+        assert [text.get_text() for text in axes.texts][1] == "14.00"
+        points = [CurvePoint(0.5, value, value, value, "fisher") for value in values]
+        axes = Figure().subplots()
+        draw_points(axes, points, "perplexity", "MACs")
+        assert axes.get_yscale() == scale
+    assert axes.yaxis.get_major_formatter()(1e5) == "100,000"
