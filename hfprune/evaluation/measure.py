@@ -170,20 +170,37 @@ def measure_side_by_side(
 
 
 def of_length(batch: Mapping[str, torch.Tensor], tokens: int) -> dict[str, torch.Tensor]:
-    """A batch of examples of so many tokens each, without padding: its own ones over and over.
+    """A batch of examples of so many tokens each, without padding: each example's own ones over and
+    over, and its last one at the end, where some classifiers read the one end of the text.
 
     Args:
-        batch: {name: (examples, tokens)}; what has other shapes stays as it is.
+        batch: {name: (examples, tokens)}; what has other shapes, and what a decoder reads, stays
+            as it is.
         tokens: how many the examples get.
     """
-    made = dict(batch)
+    import torch
+
     given = batch["input_ids"].shape
+    mask = batch.get("attention_mask", torch.ones(given))
+    places = torch.stack([_places(row, tokens) for row in mask])
+    made = dict(batch)
     for name, tensor in batch.items():
-        if tensor.shape == given:
-            made[name] = tensor.repeat(1, -(-tokens // given[1]))[:, :tokens]
+        if tensor.shape == given and not name.startswith("decoder_"):
+            made[name] = tensor.gather(1, places.to(tensor.device))
     if "attention_mask" in made:
         made["attention_mask"] = made["attention_mask"].new_ones(given[0], tokens)
     return made
+
+
+def _places(mask: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Which tokens of an example come one after another in one of another length."""
+    import torch
+
+    (real,) = mask.nonzero(as_tuple=True)
+    if not len(real):  # a text of nothing
+        real = mask.new_zeros(1).long()
+    others = real[:-1] if len(real) > 1 else real
+    return torch.cat([others.repeat(-(-tokens // len(others)))[: tokens - 1], real[-1:]])
 
 
 def check_length(model: torch.nn.Module, batch: Mapping[str, torch.Tensor], tokens: int) -> None:

@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForSequenceClassification
@@ -191,11 +192,29 @@ def test_a_batch_of_a_length_repeats_its_own_tokens():
         "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
         "labels": torch.tensor([0, 1]),
     }
+    batch["decoder_input_ids"] = torch.tensor([[1, 5, 6], [1, 8, 9]])
     made = of_length(batch, 7)
-    assert made["input_ids"].tolist() == [[5, 6, 7, 5, 6, 7, 5], [8, 9, 0, 8, 9, 0, 8]]
+    assert made["input_ids"].tolist() == [[5, 6, 5, 6, 5, 6, 7], [8, 8, 8, 8, 8, 8, 9]]
     assert made["attention_mask"].tolist() == [[1] * 7] * 2
     assert made["labels"] is batch["labels"]
-    assert of_length(batch, 2)["input_ids"].tolist() == [[5, 6], [8, 9]]
+    assert made["decoder_input_ids"] is batch["decoder_input_ids"]
+    assert of_length(batch, 2)["input_ids"].tolist() == [[5, 7], [8, 9]]
+    assert of_length(batch, 1)["input_ids"].tolist() == [[7], [9]]
+    mask = torch.tensor([[0, 0, 0], [0, 1, 1]])
+    left = {"input_ids": batch["input_ids"].flip(1), "attention_mask": mask}
+    assert of_length(left, 3)["input_ids"].tolist() == [[7, 7, 7], [9, 9, 8]]
+
+
+def test_classifiers_that_read_a_texts_end_are_measured_at_a_length():
+    model = tiny.model("bart", "AutoModelForSequenceClassification")
+    ids = torch.randint(5, 20, (4, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros_like(ids)
+    for row, end in enumerate((2, 3, 5, 6)):
+        mask[row, : end + 1] = 1
+        ids[row, end], ids[row, end + 1 :] = model.config.eos_token_id, model.config.pad_token_id
+    batch = {"input_ids": ids, "attention_mask": mask}
+    measured = measure_side_by_side({"bart": model}, {4: batch}, lengths=(3, 12), repeats=1)
+    assert measured["bart"].latency_by_length[4].keys() == {3, 12}
 
 
 def test_a_length_that_a_model_does_not_run_at_is_refused_at_once(saved):
