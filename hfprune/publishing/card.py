@@ -333,11 +333,16 @@ def _made(parcel: Parcel) -> list[str]:
         return [*lines, "Pruned and saved with hfprune; no recipe was kept."]
     data, prune, distill = recipe["data"], recipe["prune"], recipe.get("distill")
     source = data.get("dataset") or ", ".join(data[s] for s in ("train", "dev", "test"))
-    lines.append(f"Data: {source}, {data['max_length']} tokens at most.")
+    reads_text = not str(task_of(parcel)).startswith("image")
+    most = f", {data['max_length']} tokens at most" if reads_text else ""
+    lines.append(f"Data: {source}{most}.")
     if recipe.get("finetune"):
         lines.append(f"The dense model was fine-tuned first: {_training(recipe['finetune'])}.")
+    found = parcel.report.pruning if parcel.report else None
+    # The split may hold fewer than the recipe asks for.
+    examples = found.examples if found else recipe["score"]["examples"]
     lines.append(
-        f"Units were scored by `{prune['criterion']}` on {recipe['score']['examples']:,} examples"
+        f"Units were scored by `{prune['criterion']}` on {examples:,} examples"
         " of the training split, and chosen under the budget below."
     )
     if prune.get("compensate"):

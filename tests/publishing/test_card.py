@@ -20,6 +20,7 @@ from hfprune.planning.plan import PruningPlan
 from hfprune.publishing.card import BEGIN, END, RELATION, card
 from hfprune.publishing.hub import publish
 from hfprune.publishing.parcel import packed
+from hfprune.publishing.units import Pruning
 from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.surgery import copy_and_cut
 
@@ -171,6 +172,18 @@ def test_lineage_over_repeated_prunings(tmp_path):
     last.save(tmp_path / "planned" / "plan.json")
     text = text_of(tmp_path / "planned")
     assert "in 2 steps" in text and " to " not in text.split("pruned by hfprune:")[1].split(".")[0]
+
+
+def test_how_it_was_made_tells_what_was_done(tmp_path):
+    """Not what was asked for: the split held 64 examples, and images have no tokens."""
+    run = saved.run(tmp_path, task="image-classification")
+    plan = PruningPlan.load(run / "plan.json")
+    pruning = Pruning.of(plan, saved.scores_of(plan))
+    report = dataclasses.replace(saved.report(run=run), pruning=pruning)
+    (run / "report.json").write_text(json.dumps(report.to_dict()))
+    text = text_of(run)
+    assert "on 64 examples of the training split" in text and "1,024" not in text
+    assert "Data: train.jsonl, dev.jsonl, test.jsonl." in text
 
 
 def test_experts_that_were_removed_are_counted(tmp_path):
