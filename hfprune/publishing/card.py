@@ -17,7 +17,7 @@ from hfprune.errors import PublishError
 from hfprune.publishing.parcel import SHIM, Parcel
 from hfprune.publishing.rendering import template
 from hfprune.publishing.units import NAMES, units_of
-from hfprune.publishing.wording import kilowatt_hours
+from hfprune.publishing.wording import kilowatt_hours, table_row
 from hfprune.structure.modeling_hfprune import KEY
 
 if TYPE_CHECKING:
@@ -275,8 +275,7 @@ def _table(report: Report) -> str:
     """Dense and published side by side, one row a figure: narrow enough for a phone."""
     header, dense, *_, result = report.cells()
     lines = ["| | dense | pruned |", "|---|---:|---:|"]
-    for what, before, after in list(zip(header, dense, result, strict=True))[1:]:
-        lines.append(f"| {what} | {before} | {after} |")
+    lines += map(table_row, list(zip(header, dense, result, strict=True))[1:])
     return "\n".join(lines)
 
 

@@ -28,6 +28,7 @@ from hfprune.publishing.page import write_page
 from hfprune.publishing.parcel import REPORT, Parcel, parcel_of, report_of, result_of
 from hfprune.publishing.report import Report
 from hfprune.publishing.units import Pruning
+from hfprune.publishing.wording import table_row
 
 Kind = Literal["revisions", "collection"]
 
@@ -204,7 +205,7 @@ def _table(run: Path, members: list[Member], places: Mapping[str, tuple[str, str
         repo, branch = places[member.size]
         where = f"[{repo}](https://huggingface.co/{repo})" if branch == MAIN else f"`{branch}`"
         lines.append([where, *(row[i] for i in columns)])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = "\n".join(map(table_row, lines))
     if MAIN not in places:
         return table
     return f"{table}\n\nName one by `revision=`; the main branch holds the smallest."

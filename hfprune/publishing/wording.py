@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from hfprune.evaluation.evaluate import Difference, Quality
 from hfprune.evaluation.measure import Measurement
+
+
+def table_row(cells: Iterable[str]) -> str:
+    """A row of a Markdown table; the names that a recipe gives to data may hold anything."""
+    written = (cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells)
+    return f"| {' | '.join(written)} |"
 
 
 def duration(seconds: float) -> str:

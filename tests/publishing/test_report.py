@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 
 import pytest
 from reports import NAMES, make, variant
@@ -87,6 +88,15 @@ def test_data_of_another_kind_have_columns_and_a_headline():
     assert fact.value == "-54.0 points of accuracy" and "36.0%" in fact.note
     assert "worse than the dense model's" in fact.note
     assert not any("news" in title for title in plain.cells()[0])
+
+
+def test_names_of_data_do_not_break_the_table():
+    plain = make()
+    also = {"a|b <i>": Judged(plain.dense.quality, None)}
+    report = make(variants=tuple(dataclasses.replace(v, also=also) for v in plain.variants))
+    lines = [line for line in report.markdown().splitlines() if line.startswith("|")]
+    assert "on a\\|b &lt;i> [95 %]" in lines[0]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
 
 
 def test_perplexity_is_no_percentage():
