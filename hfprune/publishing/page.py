@@ -13,12 +13,14 @@ from hfprune.publishing.rendering import template
 from hfprune.publishing.report import Report
 
 FIGURES = "figures"
-"""The folder of the pictures, beside the page; nothing else is kept in it."""
+"""The folder of the pictures, beside the page."""
 
 _SECTIONS = {
     "What stays, and how important it was": ("kept", "importance"),
     "Quality, speed and time": ("quality", "curve", "latency", "time"),
 }
+
+_OURS = tuple(name for names in _SECTIONS.values() for name in names)
 
 
 def write_page(report: Report, path: str | os.PathLike[str]) -> None:
@@ -33,8 +35,9 @@ def write_page(report: Report, path: str | os.PathLike[str]) -> None:
     drawn = pictures(report)
     for picture in drawn:
         picture.save(figures)
-    for stale in {p for p in figures.iterdir() if p.stem not in {p.name for p in drawn}}:
-        stale.unlink()  # of an earlier report, which had more to draw
+    for old in (p for ending in ("png", "svg") for p in figures.glob(f"*.{ending}")):
+        if old.stem.startswith(_OURS) and old.stem not in {p.name for p in drawn}:
+            old.unlink()  # of an earlier report, which had more to draw
     write_whole(page, _html(report, drawn))
 
 

@@ -131,6 +131,15 @@ def test_another_report_leaves_no_picture_of_the_one_before(written, tmp_path):
     assert {n for n in names if "length" not in n} == {"quality", "latency", "time"}
 
 
+def test_pictures_of_others_stay(tmp_path):
+    own = tmp_path / FIGURES / "architecture.png"
+    notebooks = tmp_path / FIGURES / ".ipynb_checkpoints"
+    notebooks.mkdir(parents=True)
+    own.write_bytes(b"mine")
+    write_page(make(), tmp_path / "report.html")
+    assert own.read_bytes() == b"mine" and notebooks.is_dir()
+
+
 def test_names_cannot_break_out_of_the_page(tmp_path):
     evil = "</pre></svg><script>alert(1)</script>&\"'"
     plain = {"pruning": None, "curve": ()}
