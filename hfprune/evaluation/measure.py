@@ -253,7 +253,9 @@ def peak_memory(
     with tempfile.TemporaryDirectory() as scratch:
         inputs = Path(scratch, "inputs.safetensors")
         tensors = model_inputs(batch, torch.device("cpu"))
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, inputs)
+        # A copy each: two names of one tensor cannot be saved.
+        copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+        save_file(copies, inputs)
         run = subprocess.run(
             [sys.executable, "-m", __name__, str(device), str(inputs), *map(str, folders)],
             # Freed tensors go back to the system at once, and not to a heap that hides them.

@@ -114,6 +114,13 @@ def test_peak_memory_is_the_weights_and_the_activations(saved):
         assert weights + activation <= peak < weights + 2 * activation + 12 * MIB
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_inputs_that_are_one_tensor_are_handed_over(saved):
+    batch = batch_of(2)
+    batch["token_type_ids"] = batch["position_ids"] = torch.zeros(2, 8, dtype=torch.long)
+    assert peak_memory([saved[1]], batch)[0] > 0
+
+
 def test_a_process_that_fails_says_why(saved, tmp_path, monkeypatch):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho Traceback >&2\necho OSError: no config >&2\nexit 1\n")
