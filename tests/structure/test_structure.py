@@ -753,6 +753,22 @@ def test_saving_notices_what_only_the_outputs_show(family, tmp_path):
         model.save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("value", [float("inf"), 3e38])
+def test_outputs_that_overflow_are_alike_where_both_do(value, tmp_path):
+    model = tiny.model("llama")
+    model = copy_and_cut(model, tiny.selection(Anatomy.of(model)))
+    with torch.no_grad():
+        model.lm_head.weight[0] = value
+    model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["gemma", "dinov3_vit"])
+def test_a_model_that_was_made_wider_is_saved(family, tmp_path):
+    model = tiny.model(family)
+    model = copy_and_cut(model, tiny.selection(Anatomy.of(model))).double()
+    model.save_pretrained(tmp_path)
+
+
 def test_a_probe_that_does_not_fit_is_said(tmp_path, caplog):
     model = tiny.model("bert")
     model = copy_and_cut(model, tiny.selection(Anatomy.of(model)))
