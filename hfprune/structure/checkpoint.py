@@ -36,6 +36,7 @@ from hfprune.structure.modeling_hfprune import (
     pruned,
     sub_configs_of,
     tensors_of,
+    write_labels,
 )
 from hfprune.structure.slices import config_of, ffn_of, inputs_of, layer_of, stack_of
 
@@ -415,6 +416,7 @@ def save_with_processor(
         model.save_pretrained(folder)
     except StructureError as error:
         raise CheckpointError(f"The model cannot be saved: {error}") from error
+    write_labels(Path(folder, "config.json"), model.config)
     if processor is not None:
         processor.save_pretrained(folder)
 

@@ -401,6 +401,7 @@ class Pruned:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             write_per_layer_config(Path(save_directory) / "config.json")
+            write_labels(Path(save_directory) / "config.json", config)
         whole = kwargs.get("state_dict") is None and kwargs.get("is_main_process", True)
         if verify and whole and kwargs.get("variant") is None:
             kernel = config._attn_implementation  # the default one may differ in the last bit
@@ -413,6 +414,7 @@ class Pruned:
         stock save, when what this class adds to config.json is not there yet.
         """
         write_per_layer_config(Path(working_dir) / "config.json")
+        write_labels(Path(working_dir) / "config.json", self.config)  # type: ignore[attr-defined]
         return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
 
 
@@ -423,6 +425,16 @@ def write_per_layer_config(path: Path) -> None:
         if part == "" or isinstance(config.get(part), dict):
             (config[part] if part else config)["per_layer_config"] = layers
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def write_labels(path: Path, config: Any) -> None:
+    """Say the classes where config.json would come back with others: the stock save leaves out two
+    without names, which are the default of all families but bart.
+    """
+    said = json.loads(path.read_text())
+    if type(config).from_dict(dict(said)).num_labels != config.num_labels:
+        said |= {"id2label": config.id2label, "label2id": config.label2id}
+        path.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
 
 
 def compare(saved: PreTrainedModel, reloaded: PreTrainedModel) -> str:

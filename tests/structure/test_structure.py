@@ -19,7 +19,7 @@ from transformers import CLIPVisionModel
 from hfprune.errors import CheckpointError, HfpruneError, UnsupportedModelError
 from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.architectures import REFUSED, ROWS, Row, family_table, register
-from hfprune.structure.checkpoint import as_stock, from_pretrained
+from hfprune.structure.checkpoint import as_stock, from_pretrained, save_with_processor
 from hfprune.structure.cost import counted_macs, layers_macs
 from hfprune.structure.modeling_hfprune import (
     ATTRIBUTES,
@@ -398,6 +398,16 @@ def test_every_head_loads_from_one_folder(tmp_path):
     ):
         other = from_pretrained(tmp_path, auto_class=getattr(__import__("transformers"), head))
         assert Anatomy.of(other).groups == Anatomy.of(model).groups
+
+
+def test_two_classes_without_names_come_back_where_the_family_has_three(tmp_path):
+    config = tiny.config("bart")
+    config.num_labels = 2
+    dense = transformers.BartForSequenceClassification(config)
+    save_with_processor(dense, None, tmp_path / "dense")
+    copy_and_cut(dense, tiny.selection(Anatomy.of(dense))).save_pretrained(tmp_path / "pruned")
+    for folder in ("dense", "pruned"):
+        assert from_pretrained(tmp_path / folder).config.num_labels == 2
 
 
 def test_one_tower_loads_from_a_folder_of_two(tmp_path):
