@@ -482,6 +482,7 @@ _WAV2VEC2 = Stack(
 
 _COMPRESSED = "heads share one compressed key and value, and are not units"
 _IN_GROUPS = "experts that are chosen by groups all stay"
+_BIASED = "use_relative_position_bias use_shared_relative_position_bias"  # a column for each head
 _SHARED_NORM = "query and key norms span all heads, so heads are not independent units"
 
 
@@ -537,13 +538,16 @@ ROWS: dict[str, Row] = {
     **_rows("opt", _OPT),
     **_rows("biogpt", _BIOGPT),
     **_rows("bart mbart pegasus marian blenderbot blenderbot-small m2m_100 whisper", *_BART),
-    **_rows("plbart mvp", *_BART),
+    **_rows("plbart", *_BART),
+    **_rows("mvp", *_BART, unless="use_prompt"),
     **_rows("t5 mt5", *_t5("own_bias", "no_bias")),
     **_rows("umt5", *_t5("", "")),
-    **_rows("vit deit vit_msn ijepa beit audio-spectrogram-transformer vivit", _VIT),
+    **_rows("vit deit vit_msn ijepa", _VIT),
+    **_rows("beit", _VIT, unless=_BIASED),
+    **_rows("audio-spectrogram-transformer vivit", _VIT),
     **_rows("dinov2 dinov2_with_registers", _DINOV2, unless="use_swiglu_ffn"),
     **_rows("dinov3_vit", _DINOV3),
-    **_rows("data2vec-vision", _DATA2VEC_VISION),
+    **_rows("data2vec-vision", _DATA2VEC_VISION, unless=_BIASED),
     **_rows("siglip_vision_model siglip2_vision_model", _TOWER),
     **_rows("mlcd_vision_model", _TOWER, note="calibrates on batches of one image"),
     **_rows("clip_text_model clip_vision_model", _TOWER),

@@ -527,6 +527,9 @@ def test_what_is_not_a_unit_is_said_where_the_anatomy_is_shown():
         ("stablelm", "qk_layernorm", True, "qk_layernorm set"),
         ("gpt2", "add_cross_attention", True, "add_cross_attention set"),
         ("falcon", "multi_query", False, "multi_query unset"),
+        ("mvp", "use_prompt", True, "use_prompt set"),
+        ("beit", "use_relative_position_bias", True, "use_relative_position_bias set"),
+        ("data2vec-vision", "use_shared_relative_position_bias", True, "position_bias set"),
     ],
 )
 def test_a_variant_outside_its_row_is_refused(family, flag, value, says):
