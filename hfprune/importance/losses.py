@@ -34,6 +34,8 @@ _TOKEN_LEVEL = _CAUSAL.union(
         )
     )
 )
+_MASKED = frozenset(["ElectraForPreTraining"])
+"""Classes whose loss is of the tokens that the attention mask shows, whatever their labels."""
 _CTC = frozenset(auto.MODEL_FOR_CTC_MAPPING_NAMES.values())
 _EXAMPLE_LEVEL = _CTC.union(  # whatever shape their labels come in
     *(
@@ -294,6 +296,8 @@ def terms(model: PreTrainedModel, batch: Batch) -> int:
     of_classes = of_tokens or problem_of(model, batch) == "single_label_classification"
     if labels is None or not of_classes or (labels.numel() != examples and not of_tokens):
         return examples
+    if _is_one_of(_MASKED, model) and "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
     if of_tokens and shifts_labels(model):
         labels = labels[:, 1:]  # the first token is predicted by nothing
     return int((labels != IGNORED).sum())

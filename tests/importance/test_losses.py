@@ -246,6 +246,18 @@ def test_a_models_own_loss_is_summed():
     assert labels_loss(model, batch | {"labels": labels}).isclose(expected)
 
 
+@pytest.mark.parametrize("padding", [0, -100])
+def test_a_discriminator_has_no_loss_of_padding_whatever_its_label(padding):
+    model, batch = make("AutoModelForPreTraining", "electra")
+    real = batch["attention_mask"].bool()
+    labels = (batch["input_ids"] % 2).where(real, padding)
+    logits = model.float()(**batch).logits
+    expected = F.binary_cross_entropy_with_logits(
+        logits[real], labels[real].to(logits), reduction="sum"
+    )
+    assert labels_loss(model, batch | {"labels": labels}).isclose(expected)
+
+
 @pytest.mark.parametrize("more", [0, 1])
 def test_an_example_without_a_label_has_no_loss(more):
     model, batch = make("AutoModelForSequenceClassification", num_labels=3)
