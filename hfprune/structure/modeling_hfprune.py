@@ -487,8 +487,9 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _outputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     # With a cache the last bit differs, and t5's decoder keeps the setting it was built with.
     takes_cache = "use_cache" in inspect.signature(model.forward).parameters
-    outputs: torch.Tensor = model(**inputs, **({"use_cache": False} if takes_cache else {}))[0]
-    return outputs
+    outputs = model(**inputs, **({"use_cache": False} if takes_cache else {}))[0]
+    parts = [outputs] if isinstance(outputs, torch.Tensor) else outputs  # of a backbone, its maps
+    return torch.cat([part.flatten() for part in parts])
 
 
 def probe(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:

@@ -766,6 +766,15 @@ def test_saving_notices_what_only_the_outputs_show(family, tmp_path):
         model.save_pretrained(tmp_path)
 
 
+def test_a_backbone_is_compared_by_all_its_maps(tmp_path):
+    config = tiny.config("dinov2")
+    config.set_output_features_output_indices(out_features=None, out_indices=[1, 3])
+    model = transformers.Dinov2Backbone(config)
+    copy_and_cut(model, tiny.selection(Anatomy.of(model))).save_pretrained(tmp_path)
+    again = from_pretrained(tmp_path, auto_class=transformers.Dinov2Backbone)
+    assert len(again(**tiny.batch(again)).feature_maps) == 2
+
+
 @pytest.mark.parametrize("value", [float("inf"), 3e38])
 def test_outputs_that_overflow_are_alike_where_both_do(value, tmp_path):
     model = tiny.model("llama")
