@@ -133,8 +133,8 @@ def no_heads(
     cache = next((c for c in (*args, *kwargs.values()) if isinstance(c, Cache)), None)
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
-    cross = kwargs.get("key_value_states", kwargs.get("encoder_hidden_states")) is not None
-    if cache is not None and not cross:
+    source = kwargs.get("key_value_states", kwargs.get("encoder_hidden_states"))
+    if cache is not None and source is None:
         batch, tokens = hidden_states.shape[:2]
         placeholder = hidden_states.new_zeros(batch, 1, tokens, 1)
         number = next(vars(module)[name] for name in NUMBERS if name in vars(module))
@@ -142,14 +142,19 @@ def no_heads(
     outlet = next(iter(module.children()), None)
     if outlet is not None:
         output = outlet(output)
+    maps = None
+    if getattr(vars(module).get("config"), "_attn_implementation", "eager") == "eager":
+        # Without a map of its own the maps of later layers would take its place in `attentions`.
+        keys = (hidden_states if source is None else source).shape[-2]
+        maps = output.new_zeros(*output.shape[:-2], 0, output.shape[-2], keys)
     match vars(module).get(PATCH, {}).get("name"):
         case "own_bias" | "no_bias":  # t5 also returns the bias
-            return output, None, None
+            return output, None, maps
         case "slice_alibi":  # bloom adds the residual itself
             return output + args[1], None
         case "bare":  # qwen2_vl's towers return the output alone
             return output
-    return output, None
+    return output, maps
 
 
 def empty_attention(module: nn.Module, remains: str, patch: str = "") -> None:

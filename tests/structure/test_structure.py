@@ -596,6 +596,17 @@ def test_a_pruned_model_can_be_copied_and_its_kernel_changed():
         assert tiny.outputs(twin, inputs).equal(tiny.outputs(model, inputs))
 
 
+@pytest.mark.parametrize("family", ["bert", "llama", "vit", "bart", "t5"])
+def test_an_attention_without_heads_has_its_place_among_the_maps(family):
+    model = tiny.model(family)
+    groups = [g for g in Anatomy.of(model) if g.kind == "head" and g.stack == g.part == 0]
+    model = copy_and_cut(model, {groups[1].name: ()})
+    outputs = model(**tiny.batch(model), output_attentions=True)
+    maps = outputs.get("encoder_attentions", outputs.get("attentions"))
+    assert [layer.shape[1] for layer in maps] == [tiny.HEADS, 0, tiny.HEADS]
+    assert torch.cat(maps, dim=1).shape[1] == 2 * tiny.HEADS
+
+
 def test_upstreams_schema_says_what_it_can(tmp_path):
     model = tiny.model("qwen3")
     keep = {"layers.0.mlp.down_proj": range(10), "layers.2.self_attn": (2, 3)}
