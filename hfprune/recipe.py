@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import yaml
+
 from hfprune.errors import CheckpointError, RecipeError, unknown
 
 if TYPE_CHECKING:
@@ -247,14 +249,15 @@ class Recipe:
         """Read and check a YAML file.
 
         Raises:
-            RecipeError: not there, not YAML, an unknown key (with the nearest), a value of the
-                wrong type or out of range, a budget or criterion that does not exist, or data files
-                that are missing.
+            RecipeError: not there, not YAML, a key that is unknown (with the nearest) or there
+                twice, a value of the wrong type or out of range, a budget or criterion that does
+                not exist, or data files that are missing.
         """
-        import yaml
-
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
+            values = yaml.load(text, Loader=_Loader)
+        except RecipeError as error:
+            raise RecipeError(f"{path}: {error}") from error
         except OSError as error:
             raise RecipeError(f"Cannot read the recipe {path}: {error.strerror}.") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -396,6 +399,24 @@ def _check_falls(before: Budget, after: Budget) -> None:
                 f"prune.budget: the round to {after} must leave less than the round to {before}"
                 " before it, of the same resources and in the same units."
             )
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values of YAML; of a key that is there twice the last would win without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """A mapping as it is written: before what it is merged with is among its keys."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in seen:
+                raise RecipeError(
+                    f"The key {name!r} is there twice, in line {seen[name]} and in line {line}:"
+                    " leave one of them."
+                )
+            seen[name] = line
+        return node
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:

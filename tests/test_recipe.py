@@ -344,6 +344,31 @@ def test_what_is_no_recipe(tmp_path):
         Recipe.load(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("model: a\nseed: 1\n\nmodel: b\n", "model", (1, 4)),
+        ("model: a\nprune:\n  layers: 2\n  layers: 4\n", "layers", (3, 4)),
+        ("model: a\nprune: {layers: 2, layers: 4}\n", "layers", (2, 2)),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(text, key, lines, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    where = "in line {} and in line {}".format(*lines)
+    with pytest.raises(RecipeError, match=rf"recipe\.yaml: .*'{key}' is there twice, {where}"):
+        Recipe.load(path)
+
+
+def test_a_key_may_change_what_it_is_merged_with(values, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    del values["finetune"], values["distill"]
+    training = "finetune: &training {epochs: 2, warmup: 0}\ndistill: {<<: *training, epochs: 3}\n"
+    path.write_text(yaml.safe_dump(values) + training)
+    recipe = Recipe.load(path)
+    assert (recipe.finetune.epochs, recipe.distill.epochs, recipe.distill.warmup) == (2, 3, 0)
+
+
 def test_a_recipe_goes_through_plain_values_and_back(values, tmp_path):
     recipe = load(values, tmp_path)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
