@@ -324,6 +324,11 @@ class Recipe:
                 f"distill: {', '.join(_WEIGHTS)} are all 0, so that nothing would be learnt; give"
                 " one of them more than 0, or leave distill out."
             )
+        if self.prune.uniform and not (self.prune.min_heads and self.prune.min_neurons):
+            raise RecipeError(
+                "prune.uniform needs prune.min_heads and prune.min_neurons of 1 or more: a stock"
+                " config cannot hold a layer without heads or neurons."
+            )
         if not self.measure.batch_sizes:
             raise RecipeError("measure.batch_sizes must hold one batch size at least.")
         for setting in task.needs:

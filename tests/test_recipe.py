@@ -181,6 +181,13 @@ def test_a_distillation_learns_something(values, tmp_path):
     load(put(values, "distill.hidden_weight", 0.1), tmp_path)
 
 
+@pytest.mark.parametrize("floor", ["min_heads", "min_neurons"])
+def test_uniform_layers_keep_something(floor, values, tmp_path):
+    values["prune"] = {"uniform": True, floor: 0}
+    with pytest.raises(RecipeError, match=r"^prune\.uniform needs prune\.min_heads and"):
+        load(values, tmp_path)
+
+
 def test_numbers_as_yaml_writes_them(values, tmp_path):
     path = tmp_path / "recipe.yaml"
     text = yaml.safe_dump(values).replace("finetune: {}", "finetune: {learning_rate: 5e-5}")
