@@ -18,6 +18,7 @@ from hfprune.importance.scoring import score
 from hfprune.planning.budget import Budget
 from hfprune.planning.constraints import Constraints
 from hfprune.planning.plan import PruningPlan
+from hfprune.planning.resources import check_budget
 from hfprune.planning.solve import plan
 from hfprune.recovery.compensation import compensate as refit
 from hfprune.structure.anatomy import Anatomy
@@ -151,6 +152,7 @@ def prune(
     asked, within = Budget.parse(budget), constraints or Constraints()
     dense = from_pretrained(model) if isinstance(model, str | os.PathLike) else model
     within.check(dense)
+    check_budget(asked, dense, None)
     calibration = list(batches)
     scores = score(dense, calibration, [criterion])
     made = plan(dense, scores, asked, criterion, within)

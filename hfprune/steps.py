@@ -30,8 +30,10 @@ from hfprune.findings import Findings
 from hfprune.importance.criteria import criterion_named
 from hfprune.importance.scores import Scores
 from hfprune.importance.scoring import score
+from hfprune.planning.budget import Budget
 from hfprune.planning.latency import LatencyTable, measure_latency
 from hfprune.planning.plan import PruningPlan
+from hfprune.planning.resources import check_budget
 from hfprune.planning.solve import Constraints, plan
 from hfprune.processes import Processes
 from hfprune.pruning import remove
@@ -323,13 +325,21 @@ class Steps:
         self._check_data()
         model = self._load_dense()
         self._resolved("model", getattr(model.config, "_commit_hash", None))
-        self.constraints.check(model)
+        self.check_prunable(model)
         self.check_also(model)
         if self.recipe.measure.lengths:
             check_length(model, self.probe(), max(self.recipe.measure.lengths))
         if self.recipe.finetune:
             self.training.finetune(model, checkpoints_of(path))
         self.save(model, path)
+
+    def check_prunable(self, dense: PreTrainedModel) -> None:
+        """Refuse what no plan can be made for: known before anything is trained or scored."""
+        self.constraints.check(dense)
+        file = self.recipe.prune.latency_table
+        table = LatencyTable.load(file) if file else None
+        for budget in (self.recipe.prune.budgets[0], *self.recipe.measure.curve):
+            check_budget(Budget.parse(budget), dense, table)
 
     def _resolved(self, what: str, commit: str | None) -> None:
         """Note which commit a Hub id stood for; branches move on."""
@@ -367,6 +377,8 @@ class Steps:
         plan by another one needs no scoring again.
         """
         model = self.model(this.given)
+        if this.first:  # the dense model may have been made for another budget
+            self.check_prunable(model)
         torch.nn.Module.to(model, self.processes.device)
         settings = self.recipe.score
         scores = score(

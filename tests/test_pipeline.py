@@ -674,8 +674,29 @@ def test_constraints_that_do_not_fit_are_refused_before_training(tmp_path):
     with pytest.raises(HfpruneError, match=r"protect 'encoder.layer.9'. Did you mean 'encoder"):
         hfprune.run(recipe, say=str)
     assert not at(recipe, "dense").exists()
-    with pytest.raises(HfpruneError, match="uniform needs min_heads"):
+    with pytest.raises(HfpruneError, match="uniform needs .*min_heads"):
         hfprune.run(changed(recipe, "prune", uniform=True, min_heads=0), say=str)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [("prune", "budget", "latency=50%@1x65"), ("measure", "curve", ("latency=50%@1x65",))],
+)
+def test_a_budget_that_cannot_be_counted_is_refused_before_training(
+    section, field, value, tmp_path
+):
+    recipe = changed(make(tmp_path), section, **{field: value})
+    with pytest.raises(HfpruneError, match="65 tokens are more than the model's 64 positions"):
+        hfprune.run(recipe, say=str)
+    assert not at(recipe, "dense").exists()
+
+
+def test_a_budget_that_cannot_be_counted_is_refused_before_scoring(tmp_path):
+    recipe = make(tmp_path)
+    hfprune.run(recipe, say=str, until="dense")
+    with pytest.raises(HfpruneError, match="65 tokens are more than the model's 64 positions"):
+        hfprune.run(changed(recipe, "prune", budget="latency=50%@1x65"), say=str)
+    assert not at(recipe, "scores").exists()
 
 
 def test_a_run_that_drops_layers(tmp_path):

@@ -56,3 +56,11 @@ def test_what_cannot_be_is_named_before_any_work(
     monkeypatch.setattr("hfprune.pruning.score", None)
     with pytest.raises(HfpruneError, match=says):
         hfprune.prune(**{"model": model, "batches": images(), "budget": "params=60%"} | given)
+
+
+def test_latency_that_cannot_be_measured_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hfprune.pruning.score", None)
+    with pytest.raises(HfpruneError, match="reads neither text nor images"):
+        hfprune.prune(tiny.model("wav2vec2"), [], "latency=50%")

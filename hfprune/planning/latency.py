@@ -213,6 +213,18 @@ def measure_latency(
     return LatencyTable(anatomy.fingerprint, machine, batch_size, tokens, outside, layers, curves)
 
 
+def check_measurable(model: PreTrainedModel, batch_size: int, tokens: int) -> None:
+    """Refuse a model that cannot be measured, by running it once; for before it is scored.
+
+    Raises:
+        UnsupportedModelError: as `measure_latency` does.
+        HfpruneError: `tokens` are more than the model's positions.
+    """
+    inputs = _inputs(model, batch_size, tokens)
+    with _as_it_will_run(model, None), torch.inference_mode():
+        _check_runs(model, inputs)
+
+
 def _measure_layer(
     model: PreTrainedModel,
     name: str,

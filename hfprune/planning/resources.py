@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from hfprune.planning.budget import Limit
-from hfprune.planning.latency import LatencyTable, measure_latency
+from hfprune.planning.budget import Budget, Limit
+from hfprune.planning.latency import LatencyTable, check_measurable, measure_latency
 from hfprune.structure.anatomy import Anatomy, Group
 from hfprune.structure.cost import (
     Selection,
@@ -21,6 +21,9 @@ from hfprune.structure.cost import (
     table_params,
 )
 from hfprune.structure.memory import Memory
+
+_SHORT = (1, 8)
+"""A batch that every model runs on, where how long the examples are is not known yet."""
 
 
 @dataclass(frozen=True)
@@ -79,3 +82,18 @@ def meter(
     table = latency or measure_latency(model, *shape)
     table.check_fits(model, *shape)
     return Meter(table.of_group, lambda keep: table.of_all(anatomy, keep))
+
+
+def check_budget(budget: Budget, model: PreTrainedModel, latency: LatencyTable | None) -> None:
+    """Refuse a budget of what cannot be counted of a model; for before it is trained or scored.
+
+    Raises:
+        HfpruneError: and its children, as `meter` does.
+    """
+    for limit in budget.limits:
+        if limit.resource == "memory":
+            Memory.of(model, *limit.shape or _SHORT)
+        elif limit.resource == "latency" and latency:
+            latency.check_fits(model, *limit.shape or (latency.batch_size, latency.tokens))
+        elif limit.resource == "latency":
+            check_measurable(model, *limit.shape or _SHORT)
