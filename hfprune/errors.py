@@ -40,3 +40,20 @@ def unknown(what: str, given: object, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(given), names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"Unknown {what} {given!r}.{hint} Available: {', '.join(names)}."
+
+
+def expect(value: object, kinds: type | tuple[type, ...], name: str, wanted: str) -> None:
+    """Refuse an argument of another type, before something deep inside fails on it.
+
+    Args:
+        value: what was given.
+        kinds: the types that are allowed.
+        name: of the argument.
+        wanted: what is allowed, in words.
+
+    Raises:
+        HfpruneError: says all three.
+    """
+    if not isinstance(value, kinds):
+        kind = type(value).__name__
+        raise HfpruneError(f"{name} must be {wanted}, not {value!r:.80} ({kind}).")

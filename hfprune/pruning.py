@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
-from hfprune.errors import HfpruneError
+from hfprune.errors import HfpruneError, expect
 from hfprune.evaluation.evaluate import Quality, evaluate_classification, evaluate_perplexity
 from hfprune.importance import gates
-from hfprune.importance.batches import Batch
+from hfprune.importance.batches import Batch, check_batches
 from hfprune.importance.scores import Scores
 from hfprune.importance.scoring import score
 from hfprune.planning.budget import Budget
@@ -20,6 +20,7 @@ from hfprune.planning.constraints import Constraints
 from hfprune.planning.plan import PruningPlan
 from hfprune.planning.resources import check_budget
 from hfprune.planning.solve import plan
+from hfprune.recovery.compensation import check_compensation
 from hfprune.recovery.compensation import compensate as refit
 from hfprune.structure.anatomy import Anatomy
 from hfprune.structure.checkpoint import as_stock, from_pretrained
@@ -64,7 +65,7 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
     Raises:
         HfpruneError: the plan is for another model.
     """
-    plan.check_fits(Anatomy.of(model))
+    _check_plan(model, plan)
     check_selection(plan.anatomy, plan.keep)
     with gates.masked(model, plan.keep):
         yield model
@@ -90,8 +91,17 @@ def preview(
         DataError: batches without labels, or none.
     """
     chosen = judge or _judge_of(model)
+    if not callable(chosen):
+        raise HfpruneError(f"judge must be a function of a model and batches, not {chosen!r}.")
+    check_batches(batches)
     with masked(model, plan):
         return chosen(model, batches)
+
+
+def _check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
+    """Refuse what is no plan for the model."""
+    expect(plan, PruningPlan, "plan", "what hfprune.plan or PruningPlan.load returns")
+    plan.check_fits(Anatomy.of(model))
 
 
 def _judge_of(model: PreTrainedModel) -> Judge:
@@ -122,7 +132,9 @@ def remove(
         HfpruneError: the plan is for another model, or a uniform one that the family's own config
             cannot hold after all; or as `compensate`.
     """
-    plan.check_fits(Anatomy.of(model))
+    _check_plan(model, plan)
+    if compensate is not None:
+        check_compensation(compensate)
     pruned = copy_and_cut(model, plan.keep, plan.summary)
     if plan.uniform:
         pruned = as_stock(pruned)
@@ -149,7 +161,9 @@ def prune(
     Raises:
         HfpruneError: and its children, as `score`, `plan` and `remove` do.
     """
-    asked, within = Budget.parse(budget), constraints or Constraints()
+    asked, within = Budget.parse(budget), Constraints() if constraints is None else constraints
+    expect(within, Constraints, "constraints", "hfprune.Constraints")
+    check_batches(batches)
     dense = from_pretrained(model) if isinstance(model, str | os.PathLike) else model
     within.check(dense)
     check_budget(asked, dense, None)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from hfprune.errors import CheckpointError, RecipeError, unknown
+from hfprune.errors import CheckpointError, RecipeError, expect, unknown
 
 if TYPE_CHECKING:
     from hfprune.planning.budget import Budget
@@ -253,6 +253,7 @@ class Recipe:
                 twice, a value of the wrong type or out of range, a budget or criterion that does
                 not exist, or data files that are missing.
         """
+        expect(path, (str, os.PathLike), "A recipe", "a file, or a Recipe for hfprune.run")
         try:
             text = Path(path).read_text(encoding="utf-8")
             values = yaml.load(text, Loader=_Loader)

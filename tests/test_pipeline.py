@@ -674,7 +674,7 @@ def test_constraints_that_do_not_fit_are_refused_before_training(tmp_path):
     with pytest.raises(HfpruneError, match=r"protect 'encoder.layer.9'. Did you mean 'encoder"):
         hfprune.run(recipe, say=str)
     assert not at(recipe, "dense").exists()
-    with pytest.raises(HfpruneError, match="uniform needs .*min_heads"):
+    with pytest.raises(HfpruneError, match=r"uniform needs .*min_heads"):
         hfprune.run(changed(recipe, "prune", uniform=True, min_heads=0), say=str)
 
 

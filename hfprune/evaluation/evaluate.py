@@ -323,8 +323,11 @@ def labels_of(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """A batch's labels.
 
     Raises:
-        DataError: it has none.
+        DataError: it has none, or is no batch.
     """
+    from hfprune.importance.batches import check_tensors
+
+    check_tensors(batch, "A batch")
     if "labels" not in batch:
         raise DataError(
             f"A batch without labels: it has {', '.join(sorted(batch)) or 'nothing'}; add the "

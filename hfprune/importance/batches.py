@@ -34,6 +34,19 @@ def placed(batch: Batch, index: int, device: torch.device) -> Batch:
     return {name: tensor.detach().to(device, copy=True) for name, tensor in batch.items()}
 
 
+def check_batches(batches: object, name: str = "batches") -> None:
+    """Refuse what no batches can be read of; `check_batch` looks at each.
+
+    Raises:
+        DataError: names the argument and what was given.
+    """
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise DataError(
+            f"{name} must be a list, or another iterable, of dicts {{name: tensor}}, as the model"
+            f" is called with, not {batches!r:.80}."
+        )
+
+
 def check_batch(batch: Batch, index: int) -> None:
     """Refuse what is no calibration batch.
 
@@ -45,17 +58,8 @@ def check_batch(batch: Batch, index: int) -> None:
         DataError: names the batch, and what in it is no tensor, or of one example without its
             dimension; or it has no examples.
     """
-    if not isinstance(batch, Mapping):
-        raise DataError(
-            f"Calibration batch {index} is a {type(batch).__name__}; give a list, or another"
-            " iterable, of dicts {name: tensor}, as the model is called with."
-        )
+    check_tensors(batch, f"Calibration batch {index}")
     for name, tensor in batch.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise DataError(
-                f"{name!r} of calibration batch {index} is a {type(tensor).__name__}; every value"
-                " has to be a tensor. Leave out what the model does not take, and collate lists."
-            )
         if tensor.dim() < _LEAST_DIMENSIONS.get(name, 0):
             raise DataError(
                 f"{name!r} of calibration batch {index} has the shape {tuple(tensor.shape)}, as if"
@@ -63,6 +67,30 @@ def check_batch(batch: Batch, index: int) -> None:
             )
     if not batch or not examples_in(batch):
         raise DataError(f"Calibration batch {index} has no examples; leave it out.")
+
+
+def check_tensors(batch: Batch, which: str) -> None:
+    """Refuse what is no mapping of tensors.
+
+    Args:
+        batch: {name: tensor}.
+        which: names the batch, for the message.
+
+    Raises:
+        DataError: names it, and what in it is no tensor.
+    """
+    if not isinstance(batch, Mapping):
+        raise DataError(
+            f"{which} is a {type(batch).__name__}; give a list, or another iterable, of dicts"
+            " {name: tensor}, as the model is called with."
+        )
+    for name, tensor in batch.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise DataError(
+                f"{name!r} of {which[0].lower()}{which[1:]} is a {type(tensor).__name__}; every"
+                " value has to be a tensor. Leave out what the model does not take, and collate"
+                " lists."
+            )
 
 
 def by_example(model: PreTrainedModel, batch: Batch, values: torch.Tensor) -> torch.Tensor:

@@ -79,7 +79,7 @@ def criterion_named(name: str) -> Criterion:
     Raises:
         HfpruneError: unknown name; the message has the nearest.
     """
-    if name not in CRITERIA:
+    if not isinstance(name, str) or name not in CRITERIA:
         raise HfpruneError(unknown("criterion", name, CRITERIA))
     return CRITERIA[name]
 

@@ -60,7 +60,7 @@ class Scores:
         Raises:
             HfpruneError: that criterion was not scored.
         """
-        if criterion not in self.importance:
+        if not isinstance(criterion, str) or criterion not in self.importance:
             raise HfpruneError(unknown("criterion", criterion, self.importance))
         return self.importance[criterion]
 

@@ -17,8 +17,15 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hfprune.errors import DataError, HfpruneError
-from hfprune.importance.batches import Batch, by_example, padding_mask, placed, reads
+from hfprune.errors import DataError, HfpruneError, expect
+from hfprune.importance.batches import (
+    Batch,
+    by_example,
+    check_batches,
+    padding_mask,
+    placed,
+    reads,
+)
 from hfprune.importance.criteria import (
     CRITERIA,
     HALVED,
@@ -90,6 +97,9 @@ def score(
             the batch); a loss that is no number or not finite (names the batch and the layer), or
             one that does not depend on some group of units (names the group).
     """
+    if criteria is not None:
+        expect(criteria, (str, Iterable), "criteria", "one name or several")
+    check_batches(batches)
     names = [criteria] if isinstance(criteria, str) else criteria or CRITERIA
     wanted = {name: criterion_named(name) for name in names}
     chosen = loss if callable(loss) else loss_named(loss, seed)

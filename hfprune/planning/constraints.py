@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 
 from transformers import PreTrainedModel
 
-from hfprune.errors import HfpruneError, unknown
+from hfprune.errors import HfpruneError, expect, unknown
 from hfprune.structure.anatomy import Anatomy, Block, Group
 from hfprune.structure.checkpoint import also_sized, sizes_heads, stock_settings
 
@@ -45,6 +47,7 @@ class Constraints:
 
     def __post_init__(self) -> None:
         floors, fewer = (self.min_heads, self.min_neurons), (self.layers or 1, self.experts or 1)
+        expect(self.tolerance, Real, "tolerance", "a number")
         if not all(isinstance(count, int) for count in (*floors, self.round_to, *fewer)):
             raise HfpruneError(
                 "min_heads, min_neurons, round_to, layers and experts must be whole numbers:"
@@ -61,6 +64,7 @@ class Constraints:
             )
         if isinstance(self.protect, str):  # whose letters would be taken for names
             raise HfpruneError(f"protect takes a tuple of names: ({self.protect!r},).")
+        expect(self.protect, Iterable, "protect", "a tuple of names")
         if self.layers is not None and self.layers < 1:
             raise HfpruneError(f"layers must be 1 or more, not {self.layers}.")
         if self.uniform and not (self.min_heads and self.min_neurons):

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hfprune.errors import HfpruneError, UnsupportedModelError
+from hfprune.errors import HfpruneError, UnsupportedModelError, expect
 from hfprune.files import write_whole
 from hfprune.importance.gates import uncached
 from hfprune.structure.anatomy import Anatomy, Group
@@ -177,6 +177,8 @@ def measure_latency(
     """
     counts = {"batch_size": batch_size, "tokens": tokens, "threads": threads, "repeats": repeats}
     for name, count in counts.items():
+        if name != "threads" or count is not None:
+            expect(count, int, name, "a whole number")
         if count is not None and count < 1:
             raise HfpruneError(f"{name} must be 1 or more, not {count}.")
     anatomy = Anatomy.of(model)

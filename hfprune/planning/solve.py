@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from hfprune.errors import BudgetError, HfpruneError
+from hfprune.errors import BudgetError, HfpruneError, expect
 from hfprune.importance.scores import Scores
 from hfprune.planning.budget import Budget
 from hfprune.planning.constraints import Constraints
@@ -110,8 +110,12 @@ def plan_family(
         HfpruneError: as `plan`.
     """
     anatomy = Anatomy.of(model)
+    constraints = Constraints() if constraints is None else constraints
+    expect(scores, Scores, "scores", "what hfprune.score returns")
+    expect(constraints, Constraints, "constraints", "hfprune.Constraints")
+    if latency is not None:
+        expect(latency, LatencyTable, "latency", "a table of hfprune.measure_latency")
     scores.check_model(model, anatomy)
-    constraints = constraints or Constraints()
     constraints.check(model)
     importance = scores.by(criterion)
     parts = (*anatomy, *(anatomy.experts if constraints.experts else ()))
@@ -120,6 +124,7 @@ def plan_family(
             f"These scores hold nothing for {missing[0]}: they were measured by an hfprune that did"
             " not know such units. Score this model again."
         )
+    expect(budgets, (str, Budget, Sequence), "budgets", "one such as 'macs=50%', or several")
     each = [budgets] if isinstance(budgets, str | Budget) else budgets
     asked = [Budget.parse(budget) for budget in each]
     falling = _falling(asked)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from numbers import Real
 from typing import get_args
 
 from transformers import TrainingArguments
 
-from hfprune.errors import RecipeError
+from hfprune.errors import RecipeError, expect
 from hfprune.recovery.compatibility import refuse_unknown
 from hfprune.recovery.losses import DistanceKind, Divergence, DivergenceKind
 
@@ -60,6 +61,8 @@ class DistillationArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Validate the added fields, then everything TrainingArguments validates."""
         weights = self.weights()
+        for name, weight in weights.items():
+            expect(weight, Real, f"{name}_weight", "a number")
         if not all(0 <= w < math.inf for w in weights.values()) or not any(weights.values()):
             raise RecipeError(
                 f"The weights of the loss are {weights}; give finite numbers of at least 0, one of "

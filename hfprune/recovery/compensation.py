@@ -22,7 +22,7 @@ refitted by itself to its own dense output, which is what `reconstruction` ranks
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -30,8 +30,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hfprune.errors import DataError, HfpruneError
-from hfprune.importance.batches import Batch, check_batch, examples_in
+from hfprune.errors import DataError, HfpruneError, expect
+from hfprune.importance.batches import Batch, check_batch, check_batches, examples_in
 from hfprune.importance.gates import evaluating, outlet_of
 from hfprune.importance.scores import Scores
 from hfprune.recovery.inlets import inlets_of
@@ -84,12 +84,24 @@ def compensate(
             by scores, and `kept` does not say which, or says what cannot be; scores of a model of
             another structure, or without moments.
     """
+    check_compensation(calibration)
+    expect(kept or {}, Mapping, "kept", "the `keep` of a plan")
     origin = Origin.of(dense, pruned, kept or {})
     if isinstance(calibration, Scores):
         _by_moments(origin, calibration)
     else:
         _on_batches(origin, list(calibration))
     return pruned
+
+
+def check_compensation(calibration: object) -> None:
+    """Refuse what is neither batches nor scores.
+
+    Raises:
+        DataError: says what was given.
+    """
+    if not isinstance(calibration, Scores):
+        check_batches(calibration, "What to compensate on, unless it is scores with moments,")
 
 
 def _on_batches(origin: Origin, batches: Sequence[Batch]) -> None:

@@ -26,7 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hfprune.errors import BudgetError, DataError, HfpruneError
+from hfprune.errors import BudgetError, DataError, HfpruneError, expect
 from hfprune.importance.criteria import JOINT, criterion_named
 from hfprune.importance.gates import gate_gradients, gated, outlet_of
 from hfprune.importance.scores import Scores
@@ -92,6 +92,11 @@ class GradualPruning(TrainerCallback):
         smoothing: float = 0.9,
         tokens: int | None = None,
     ) -> None:
+        for name, value, kind in (
+            ("constraints", constraints, Constraints),
+            ("schedule", schedule, Schedule),
+        ):
+            expect(value, (kind, type(None)), name, f"hfprune.{kind.__name__}")
         self.plan: PruningPlan | None = None
         self.importance: dict[str, torch.Tensor] = {}
         self._budget = Budget.parse(budget)

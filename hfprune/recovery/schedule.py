@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from numbers import Real
 
-from hfprune.errors import HfpruneError
+from hfprune.errors import HfpruneError, expect
 from hfprune.planning.budget import Budget
 
 
@@ -34,6 +35,8 @@ class Schedule:
     every: int = 10
 
     def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            expect(value, Real, name, "a number")
         if not (0 <= self.begin < self.end <= 1 and self.every >= 1):
             raise HfpruneError(
                 "A schedule needs 0 <= begin < end <= 1, shares of the run's steps, and a plan"

@@ -19,7 +19,7 @@ from transformers.integrations.heterogeneity.configuration_utils import (
 )
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from hfprune.errors import CheckpointError, HfpruneError
+from hfprune.errors import CheckpointError, HfpruneError, expect
 from hfprune.structure.anatomy import Anatomy, Group
 from hfprune.structure.architectures import Stack, row_of
 from hfprune.structure.modeling_hfprune import (
@@ -381,6 +381,7 @@ def from_pretrained(
     for name, instead in NOT_TAKEN.items():
         if name in kwargs:
             raise HfpruneError(f"from_pretrained does not take {name}: {instead}.")
+    expect(model_id, (str, os.PathLike), "model_id", "a folder or a Hub id")
     refuse_nowhere(model_id)
     where = {name: kwargs[name] for name in WHERE if name in kwargs}
     config, options = _read_config(model_id, kwargs)
