@@ -9,6 +9,7 @@ import inspect
 import json
 import logging
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hfprune.errors import CheckpointError, DataError, RecipeError
@@ -101,6 +103,17 @@ def last_complete_checkpoint(output_dir: str | None) -> Path | None:
     states = Path(output_dir or ".").glob(f"{PREFIX_CHECKPOINT_DIR}-*/{_STATE_FILE}")
     found = (s.parent for s in states if _is_of_a_step(s.parent) and _is_json(s))
     return max(found, key=step_of, default=None)
+
+
+def warn_without_optimizer(checkpoint: str | Path) -> None:
+    """Warn of a checkpoint of weights alone: what goes on from it does not end as it would have."""
+    if not Path(checkpoint, OPTIMIZER_NAME).is_file():
+        warnings.warn(
+            f"{checkpoint} has no {OPTIMIZER_NAME} (save_only_model?): training goes on with a new"
+            " optimizer and another learning rate, and ends with other weights. To go on exactly,"
+            " train with save_only_model=False.",
+            stacklevel=2,
+        )
 
 
 def _is_of_a_step(folder: Path) -> bool:

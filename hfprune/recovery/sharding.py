@@ -29,7 +29,12 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from hfprune.errors import CheckpointError, DataError, RecipeError
 from hfprune.processes import deepspeed_asked, fsdp_asked, refuse_deepspeed, refuse_fsdp
-from hfprune.recovery.checkpoints import refuse_spoilt, removed_unless_whole, training_format
+from hfprune.recovery.checkpoints import (
+    refuse_spoilt,
+    removed_unless_whole,
+    training_format,
+    warn_without_optimizer,
+)
 from hfprune.recovery.parts import described
 from hfprune.recovery.zero import deal_state, refuse_unflattened, whole_state
 
@@ -230,6 +235,8 @@ class ShardableTrainer(Trainer):
     # Loading.
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            warn_without_optimizer(checkpoint)
         if not self._shards or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return

@@ -881,6 +881,19 @@ def test_a_checkpoint_with_other_names_is_refused(tmp_path):
         )
 
 
+def test_going_on_from_weights_alone_is_warned_of(tmp_path):
+    def go(steps, **options):
+        student, teacher = pair(bert)
+        changes = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}
+        args = arguments(tmp_path, max_steps=steps, **changes)
+        rows = examples(bert, 8)
+        distill(student, teacher, rows, args=args, data_collator=collate, **options)
+
+    go(2)
+    with pytest.warns(UserWarning, match=r"checkpoint-2 has no optimizer.pt \(save_only_model"):
+        go(4, resume=True)
+
+
 def test_tied_weights_resume(tmp_path):
     student, teacher = pair(t5)
     changes = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
