@@ -188,6 +188,18 @@ def _largest(label: int | list[int]) -> int:
     return label if isinstance(label, int) else max(label, default=0)
 
 
+def seen_among(rows: Dataset, taught: Dataset, columns: Sequence[str]) -> int:
+    """How many rows have the same texts as one of those that teach; of blank texts none is."""
+    known = set(_texts(taught, columns))
+    return sum(text in known for text in _texts(rows, columns) if text.strip())
+
+
+def _texts(dataset: Dataset, columns: Sequence[str]) -> Iterator[str]:
+    """The texts of every row as one; words of a list apart, as those of several columns are."""
+    for row in zip(*(dataset[column] for column in columns), strict=True):
+        yield "\n".join(map(str, row))
+
+
 def lengths_of(dataset: Dataset) -> list[int]:
     """The tokens of every example; images are all alike."""
     if "input_ids" not in dataset.column_names:

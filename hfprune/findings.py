@@ -81,6 +81,7 @@ class Findings:
             pruning=Pruning.of(plan, scores),
             recipe=self.recipe.to_dict(),
             energy=steps.energy,
+            seen=steps.seen,
             carbon_intensity=self.recipe.measure.carbon_intensity,
             curve=self._curve(quality, models["dense"], compared),
         )

@@ -22,6 +22,7 @@ from hfprune.data import (
     commit_of,
     load_named,
     load_splits,
+    seen_among,
 )
 from hfprune.errors import BudgetError, RecipeError
 from hfprune.evaluation.evaluate import model_inputs
@@ -350,11 +351,30 @@ class Steps:
         """Read the data before any model: what is wrong with it shows at once, not at the end."""
         largest, examples = max(self.recipe.measure.batch_sizes), len(self.splits["test"])
         _ = self.also
+        _ = self.seen  # says so
         if largest > examples:
             raise RecipeError(
                 f"measure.batch_sizes: data.test makes {examples} examples, too few for a batch of"
                 f" {largest}."
             )
+
+    @cached_property
+    def seen(self) -> float:
+        """The share of the test texts that stand in the training split, too; 0 of images, which
+        are not compared.
+        """
+        if self.task.reads != "text":
+            return 0.0
+        data, test = self.recipe.data, self.loaded["test"]
+        columns = [data.text, data.text_pair] if data.text_pair else [data.text]
+        count = seen_among(test, self.loaded["train"], columns)
+        if count:
+            self.say(
+                f"  Warning: {count:,} of {len(test):,} examples of data.test"
+                f" ({count / len(test):.1%}) also stand in data.train: the model is judged on what"
+                " it learnt. Take them out of one of the two."
+            )
+        return count / len(test)
 
     def _load_dense(self) -> PreTrainedModel:
         extra = self._source

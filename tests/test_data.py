@@ -5,10 +5,11 @@ import re
 
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hfprune.data import Batches, commit_of, load_splits
+from hfprune.data import Batches, commit_of, load_splits, seen_among
 from hfprune.errors import DataError
 from hfprune.examples import blocks, labelled
 from hfprune.recipe import Data
@@ -81,6 +82,16 @@ def examples(batches):
 
 
 KEYS = ("input_ids", "attention_mask", "labels")
+
+
+def test_texts_that_also_teach_are_counted():
+    taught = Dataset.from_dict({"a": ["one", "two", " "], "b": ["x", "y", ""]})
+    rows = Dataset.from_dict({"a": ["two", "one", "two", " "], "b": ["y", "y", "y", ""]})
+    assert seen_among(rows, taught, ["a"]) == 3
+    assert seen_among(rows, taught, ["a", "b"]) == 2
+    words = Dataset.from_dict({"a": [["one", "two"], ["one two"]]})
+    assert seen_among(words.select([0]), words, ["a"]) == 1
+    assert seen_among(words.select([0]), words.select([1]), ["a"]) == 0
 
 
 def test_every_example_comes_once_with_others_of_its_length(data, tokenizer):

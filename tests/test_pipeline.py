@@ -699,6 +699,19 @@ def test_a_budget_that_cannot_be_counted_is_refused_before_scoring(tmp_path):
     assert not at(recipe, "scores").exists()
 
 
+def test_a_test_split_that_also_teaches_is_told(tmp_path):
+    recipe = make(tmp_path)
+    rows = Path(recipe.data.test).read_text().splitlines(keepends=True)
+    Path(recipe.data.train).write_text("".join(rows[:3]) + '{"text": "one", "label": 1}\n')
+    said = []
+    hfprune.run(changed(recipe, "data", test=recipe.data.train), say=said.append, until="dense")
+    told = "  Warning: 4 of 4 examples of data.test (100.0%) also stand in data.train"
+    assert said[1].startswith(told)
+    told = "  Warning: 3 of 12 examples of data.test (25.0%) also stand in data.train"
+    hfprune.run(recipe, say=said.append, until="dense")
+    assert any(line.startswith(told) for line in said)
+
+
 def test_a_run_that_drops_layers(tmp_path):
     recipe = make(tmp_path, prune={"budget": "macs=50%", "layers": 2})
     said = []

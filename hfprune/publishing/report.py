@@ -126,6 +126,7 @@ class Report:
         energy: {artefact: joules that the processors drew in the step that made it}, of the steps
             up to the last model; {} where one of them could not be read.
         carbon_intensity: grams of CO2 equivalent per kWh, as the recipe says.
+        seen: share of the test texts that stand in the training split, too.
     """
 
     variants: tuple[Variant, ...]
@@ -137,6 +138,7 @@ class Report:
     curve: tuple[CurvePoint, ...] = ()
     energy: Mapping[str, float] = field(default_factory=dict)
     carbon_intensity: float | None = None
+    seen: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -160,6 +162,7 @@ class Report:
             "curve": [asdict(point) for point in self.curve],
             "energy": dict(self.energy),
             "carbon_intensity": self.carbon_intensity,
+            "seen": self.seen,
         }
 
     @staticmethod
@@ -189,6 +192,7 @@ class Report:
             tuple(CurvePoint(**point) for point in values.get("curve", ())),
             values.get("energy", {}),
             values.get("carbon_intensity"),
+            values.get("seen", 0.0),
         )
 
     @property
@@ -289,12 +293,17 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def caption(self) -> str:
-        """How the figures came about, in two sentences."""
+        """How the figures came about, in few sentences."""
         repeats = next(iter(self.dense.measured.latency.values())).repeats
         machine = ", ".join(f"{key} {value}" for key, value in self.machine.items())
+        seen = (
+            f" {self.seen:.1%} of the test texts also stand in the training split."
+            if self.seen
+            else ""
+        )
         return (
             f"{self.dense.quality.examples:,} test examples, bootstrap intervals (paired in the"
-            " comparison with dense). MACs counted by torch, whole model. Latency: median of"
+            f" comparison with dense).{seen} MACs counted by torch, whole model. Latency: median of"
             f" {repeats} interleaved runs; peak memory: loading and one forward pass in a fresh"
             f" process. {machine}."
         )

@@ -67,6 +67,9 @@ def test_the_markdown_says_how_and_how_sure():
     report = make()
     text = report.markdown()
     assert "1,032 test examples" in report.caption()
+    assert "also stand in" not in report.caption()
+    seen = Report.from_dict(dataclasses.replace(report, seen=0.25).to_dict())
+    assert "25.0% of the test texts also stand in the training split." in seen.caption()
     assert "median of 7 interleaved runs" in report.caption()
     assert "CPU a fine one, threads 2" in report.caption()
     for piece in (report.caption(), *report.caveats(), *(f.note for f in report.facts())):
