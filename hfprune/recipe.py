@@ -346,6 +346,8 @@ class Recipe:
                         f"{name}: there is no file {file}. Give a JSON-lines, CSV or Parquet"
                         " file, a folder, or a `dataset` with split names."
                     )
+        if not self.output.strip():  # "" would be the current folder
+            raise RecipeError("output has no name: give the folder of the run.")
         parent = next(
             p
             for p in (Path(self.output).absolute(), *Path(self.output).absolute().parents)
@@ -429,7 +431,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     """A value of an annotated type from plain YAML values."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        if value is None:
+        if value is None and type(None) in arguments:
             return None
         several = isinstance(value, list | tuple)
         kinds = [a for a in arguments if a is not type(None)]

@@ -117,6 +117,7 @@ def test_an_unknown_key_names_its_place_and_the_nearest(path, near, values, tmp_
         ("score", None),
         ("score.examples", 10.0),
         ("prune.budget", 0.5),
+        ("prune.budget", None),
         ("prune.budget", []),
         ("prune.budget", ["macs=60%", 0.5]),
         ("prune.compensate", "no way"),
@@ -331,6 +332,11 @@ def test_an_output_that_cannot_be_written(values, tmp_path):
         with pytest.raises(RecipeError, match="output: cannot write below"):
             load(put(values, "output", str(output)), tmp_path)
     assert not (tmp_path / "runs").exists()  # checking writes nothing
+
+
+def test_an_output_without_a_name(values, tmp_path):
+    with pytest.raises(RecipeError, match=r"^output has no name: give the folder of the run"):
+        load(put(values, "output", ""), tmp_path)
 
 
 def test_what_is_no_recipe(tmp_path):
