@@ -23,6 +23,7 @@ Collate = Callable[[Sequence[Row]], "dict[str, torch.Tensor]"]
 """Makes one padded batch of some examples."""
 
 _SAVED = "state.json"  # what `Dataset.save_to_disk` leaves in its folder
+_SAVED_SPLITS = "dataset_dict.json"  # and `DatasetDict.save_to_disk`
 
 
 def load_splits(data: Data) -> dict[str, Dataset]:
@@ -69,6 +70,12 @@ def _from_disk(field: str, name: str) -> Dataset:
 
     if Path(name, _SAVED).is_file():
         return load_from_disk(name)
+    if Path(name, _SAVED_SPLITS).is_file():
+        splits = json.loads(Path(name, _SAVED_SPLITS).read_text(encoding="utf-8"))["splits"]
+        raise DataError(
+            f"{field} ({name}) holds several splits ({', '.join(splits)}): give the folder of one,"
+            f" such as {Path(name, splits[0])}."
+        )
     kinds = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}
     folder, ending = Path(name).is_dir(), name.rsplit(".", 1)[-1]
     if not folder and ending not in kinds:
@@ -80,7 +87,9 @@ def _from_disk(field: str, name: str) -> Dataset:
             return load_dataset("imagefolder", data_files=files, split="train", drop_labels=False)
         return load_dataset(kinds[ending], data_files=escape(name), split="train")
     except (StopIteration, ValueError, DatasetsError, FileNotFoundError) as error:
-        why = str(error.__cause__ or error).partition("\n")[0] or "it is empty"
+        why = str(error.__cause__ or error).partition("\n")[0]
+        if not why or "corresponds to no data" in why:  # as `datasets` says it
+            why = "it is empty"
         kind = "a folder of images" if folder else ending
         raise DataError(
             f"{field} ({name}) has no examples that can be read as {kind}: {why}"

@@ -55,6 +55,8 @@ def blocks(splits: Splits, tokenizer: PreTrainedTokenizerBase, data: Data) -> di
     _check_texts(splits, data, "text")
     begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     size = data.max_length - len(begin)
+    if size < 1:
+        raise DataError(f"max_length {data.max_length} has no room for text after the first token.")
 
     def join(rows: Rows) -> Rows:
         pieces = tokenizer([text + "\n" for text in rows[data.text]], add_special_tokens=False)

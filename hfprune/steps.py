@@ -20,11 +20,12 @@ from hfprune.data import (
     check_other_classes,
     class_names,
     commit_of,
+    lengths_of,
     load_named,
     load_splits,
     seen_among,
 )
-from hfprune.errors import BudgetError, RecipeError
+from hfprune.errors import BudgetError, DataError, RecipeError
 from hfprune.evaluation.evaluate import model_inputs
 from hfprune.evaluation.measure import check_length
 from hfprune.findings import Findings
@@ -328,11 +329,23 @@ class Steps:
         self._resolved("model", getattr(model.config, "_commit_hash", None))
         self.check_prunable(model)
         self.check_also(model)
+        self._check_longest(model)
         if self.recipe.measure.lengths:
             check_length(model, self.probe(), max(self.recipe.measure.lengths))
         if self.recipe.finetune:
             self.training.finetune(model, checkpoints_of(path))
         self.save(model, path)
+
+    def _check_longest(self, dense: PreTrainedModel) -> None:
+        """Try the longest text: that a model has not so many positions would show in a training."""
+        if self.task.reads == "text":
+            longest = max(max(lengths_of(split)) for split in self.splits.values())
+            try:
+                check_length(dense, self.probe(), longest)
+            except DataError as error:
+                raise RecipeError(
+                    f"data.max_length is {self.recipe.data.max_length}: {error}"
+                ) from error
 
     def check_prunable(self, dense: PreTrainedModel) -> None:
         """Refuse what no plan can be made for: known before anything is trained or scored."""

@@ -1,11 +1,12 @@
 """From files to batches: every example once, by length, always the same; and what is refused."""
 
+import dataclasses
 import json
 import re
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -265,3 +266,24 @@ def test_files_have_no_commit(data):
 def test_an_unknown_kind_of_file(tmp_path, data):
     with pytest.raises(DataError, match=r"Unknown kind of data file 'jsnl'\. Did you mean 'jso"):
         load_splits(Data(str(tmp_path / "train.jsnl"), data.dev, data.test))
+
+
+def test_a_folder_of_several_splits_names_them(tmp_path):
+    rows = Dataset.from_list(sentences(2))
+    DatasetDict(small=rows, large=rows).save_to_disk(tmp_path / "all")
+    data = Data(str(tmp_path / "all"), "dev", "test")
+    message = r"^data\.train .*several splits \(small, large\): give the folder of one, .*all/small"
+    with pytest.raises(DataError, match=message):
+        load_splits(data)
+
+
+def test_a_file_of_nothing_but_a_header_is_empty(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\n")
+    with pytest.raises(DataError, match=r"can be read as csv: it is empty$"):
+        load_splits(Data(str(tmp_path / "train.csv"), "dev", "test"))
+
+
+def test_blocks_have_room_for_text(tmp_path):
+    data = dataclasses.replace(write(tmp_path, train=sentences(4)), max_length=1)
+    with pytest.raises(DataError, match="max_length 1 has no room for text"):
+        blocks({"train": Dataset.from_list(sentences(4))}, tiny_tokenizer(), data)

@@ -712,6 +712,16 @@ def test_a_test_split_that_also_teaches_is_told(tmp_path):
     assert any(line.startswith(told) for line in said)
 
 
+def test_texts_longer_than_the_model_reads_are_refused_before_training(tmp_path):
+    recipe = changed(make(tmp_path), "data", max_length=80)
+    with open(recipe.data.train, "a") as train:
+        train.write(json.dumps({"text": "good " * 90, "label": 1}) + "\n")
+    message = r"^data\.max_length is 80: .* on examples of 80 tokens .*embeddings is 64"
+    with pytest.raises(RecipeError, match=message):
+        hfprune.run(recipe, say=str)
+    assert not list(at(recipe).glob(".*checkpoints"))
+
+
 def test_a_run_that_drops_layers(tmp_path):
     recipe = make(tmp_path, prune={"budget": "macs=50%", "layers": 2})
     said = []

@@ -219,7 +219,7 @@ def check_length(model: torch.nn.Module, batch: Mapping[str, torch.Tensor], toke
         raise DataError(
             f"The model does not run on examples of {tokens} tokens ({error})."
             + (f" Its max_position_embeddings is {most}." if most else "")
-            + " Measure shorter lengths."
+            + " Give shorter ones."
         ) from error
 
 
