@@ -100,7 +100,8 @@ def tagged(splits: Splits, tokenizer: PreTrainedTokenizerBase, data: Data) -> di
         pairs = zip(dataset[data.text], dataset[data.label], strict=True)
         for row, (words, tags) in enumerate(pairs):
             lists = isinstance(words, list) and isinstance(tags, list) and len(words) == len(tags)
-            if not lists or not all(type(tag) is int and tag >= 0 for tag in tags):
+            named = lists and all(isinstance(word, str) for word in words)
+            if not named or not all(type(tag) is int and tag >= 0 for tag in tags):
                 raise DataError(
                     f"{_field(split)}: {data.text!r} and {data.label!r} of example {row} must be"
                     " lists of equal length, of words and of the numbers of their classes, 0 or"
@@ -137,10 +138,11 @@ def answered(splits: Splits, tokenizer: PreTrainedTokenizerBase, data: Data) -> 
     _check_is_fast(tokenizer)
     for split, dataset in splits.items():
         for row, answers in enumerate(dataset[data.label]):
-            if not isinstance(answers, dict) or not {"text", "answer_start"} <= answers.keys():
+            if not _are_answers(answers):
                 raise DataError(
                     f"{_field(split)}: the {data.label!r} of example {row} is {answers!r}; it must"
-                    ' be of the form {"text": [...], "answer_start": [...]}.'
+                    ' be of the form {"text": [...], "answer_start": [...]}, as many texts as'
+                    " numbers of their first letters."
                 )
     tokenizer.padding_side = "right"  # places count from the left
 
@@ -183,6 +185,19 @@ def answered(splits: Splits, tokenizer: PreTrainedTokenizerBase, data: Data) -> 
         )
         for split, dataset in splits.items()
     }
+
+
+def _are_answers(answers: Any) -> bool:
+    """Whether a label is the answers to a question, perhaps none."""
+    if not isinstance(answers, dict) or not {"text", "answer_start"} <= answers.keys():
+        return False
+    texts, starts = answers["text"] or [], answers["answer_start"] or []
+    lists = isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)
+    return (
+        lists
+        and all(isinstance(text, str) for text in texts)
+        and all(type(start) is int and start >= 0 for start in starts)
+    )
 
 
 def _place(offsets: list[tuple[int, int]], answers: Mapping[str, Any]) -> tuple[int, int]:

@@ -70,12 +70,24 @@ class Task:
         return tokenizer
 
     def load(self, model: str, **options: Any) -> PreTrainedModel:
-        """A model with the task's head."""
+        """A model with the task's head.
+
+        Raises:
+            RecipeError: there is none for models of its family.
+        """
         import transformers
 
-        loaded: PreTrainedModel = getattr(transformers, self.auto_class).from_pretrained(
-            model, **options
-        )
+        try:
+            loaded: PreTrainedModel = getattr(transformers, self.auto_class).from_pretrained(
+                model, **options
+            )
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            raise RecipeError(
+                f"{model} is of a family that {self.auto_class} does not load, which the task asks"
+                " for: give another model, or the task that this one does."
+            ) from error
         return loaded
 
     def collator(self, processor: Processor, config: Config) -> Collate:

@@ -16,7 +16,7 @@ from hfprune.data import (
     load_named,
     load_splits,
 )
-from hfprune.errors import DataError
+from hfprune.errors import DataError, RecipeError
 from hfprune.examples import OUTSIDE, answered, pictures, rewritten, tagged
 from hfprune.recipe import Data
 from hfprune.tasks import TASKS
@@ -93,8 +93,14 @@ def test_an_answer_inside_of_a_token_is_that_token():
 def test_questions_that_cannot_serve():
     with pytest.raises(DataError, match=r"max_length 20 leaves 5 for its context.* share 6"):
         windows([asked("the film", "film") | {"question": "good " * 12}])
-    with pytest.raises(DataError, match="answers' of example 0 is 'film'; it must be of the form"):
-        windows([asked("the film", "film") | {"answers": "film"}])
+    for answers in (
+        "film",
+        {"text": "film", "answer_start": 4},
+        {"text": ["film"], "answer_start": []},
+        {"text": ["film"], "answer_start": ["4"]},
+    ):
+        with pytest.raises(DataError, match=r"answers' of example 0 is .*; it must be of the form"):
+            windows([asked("the film", "film") | {"answers": answers}])
 
 
 def test_the_model_sees_its_inputs_only():
@@ -141,11 +147,21 @@ def test_the_first_token_of_a_word_is_of_its_class():
         {"tokens": ["a"], "tags": [-1]},
         {"tokens": "a", "tags": [1]},
         {"tokens": ["a"], "tags": 1},
+        {"tokens": [1], "tags": [1]},
+        {"tokens": [None], "tags": [1]},
     ],
 )
 def test_words_that_cannot_serve(row):
     with pytest.raises(DataError, match="'tokens' and 'tags' of example 0 must be lists of equal"):
         tagged(splits([row]), characters(), TAGS)
+
+
+def test_a_model_of_another_task_is_named(tmp_path):
+    tiny.model("bert").save_pretrained(tmp_path)
+    with pytest.raises(
+        RecipeError, match="is of a family that AutoModelForSeq2SeqLM does not load"
+    ):
+        TASKS["summarization"].load(str(tmp_path))
 
 
 # Texts to write.
