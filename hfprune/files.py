@@ -64,6 +64,32 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Within, no other process is in such a context of the same folder. The system forgets it with
+    the process, however that ends; where it has no such locks, nothing is refused.
+
+    Raises:
+        BlockingIOError: another one is.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # some network file systems lock no folders
+            pass
+        yield
+    finally:
+        os.close(held)
+
+
 def why_unwritable(error: BaseException, folder: str | os.PathLike[str]) -> str | None:
     """Why a file in a folder could not be written; None if that is not what the error is about."""
     if isinstance(error, OSError):

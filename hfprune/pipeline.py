@@ -16,7 +16,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import yaml
 from hfprune.data import Batches, files_read
 from hfprune.errors import CheckpointError, HfpruneError, RecipeError, unknown
 from hfprune.evaluation.hardware import metered
-from hfprune.files import sha256_of, why_unwritable, write_whole
+from hfprune.files import alone_in, sha256_of, why_unwritable, write_whole
 from hfprune.processes import Processes, launched
 from hfprune.publishing.parcel import belongs
 from hfprune.publishing.report import Report
@@ -59,15 +60,17 @@ def run(
         The report; None if it was not asked for, and to all processes but the first.
 
     Raises:
-        RecipeError: the recipe is wrong, or its output folder holds something else; before anything
-            is loaded.
+        RecipeError: the recipe is wrong, or its output folder holds something else or another run
+            that is at work; before anything is loaded.
         OtherProcessError: another process of this run failed.
         HfpruneError: and its children, as the steps do; what was finished stays.
     """
     made = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     made.check()
     with launched() as processes:
-        return _Run(made, say, processes).go(until)
+        walk = _Run(made, say, processes)
+        with walk.alone():
+            return walk.go(until)
 
 
 def evaluation_batches(recipe: Recipe) -> Batches:
@@ -103,6 +106,24 @@ class _Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / DONE).exists():
                 self._write_done({})
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within, no other run writes in the folder: each would remove what the other is making.
+
+        Raises:
+            RecipeError: one does.
+        """
+        with ExitStack() as stack:
+            try:
+                if self.processes.main:
+                    stack.enter_context(alone_in(self.folder))
+            except BlockingIOError as error:
+                raise RecipeError(
+                    f"output: another run is at work in {self.folder}; wait until it has ended, or"
+                    " choose another folder."
+                ) from error
+            yield
 
     def go(self, until: str | None) -> Report | None:
         transformers.set_seed(self.recipe.seed)

@@ -24,6 +24,7 @@ from hfprune import pipeline, steps
 from hfprune.errors import DataError, HfpruneError, RecipeError
 from hfprune.evaluation import hardware
 from hfprune.evaluation.evaluate import evaluate_classification
+from hfprune.files import alone_in
 from hfprune.findings import Findings
 from hfprune.importance.scores import Scores
 from hfprune.pipeline import evaluation_batches
@@ -720,6 +721,15 @@ def test_texts_longer_than_the_model_reads_are_refused_before_training(tmp_path)
     with pytest.raises(RecipeError, match=message):
         hfprune.run(recipe, say=str)
     assert not list(at(recipe).glob(".*checkpoints"))
+
+
+def test_two_runs_do_not_work_in_one_folder_at_once(copied, tmp_path):
+    with (
+        alone_in(copied.output),
+        pytest.raises(RecipeError, match=r"^output: another run is at work in .*run; wait until"),
+    ):
+        hfprune.run(copied, say=str)
+    assert hfprune.run(copied, say=str) is not None
 
 
 def test_a_run_that_drops_layers(tmp_path):
