@@ -171,7 +171,7 @@ def measure_side_by_side(
 
 def of_length(batch: Mapping[str, torch.Tensor], tokens: int) -> dict[str, torch.Tensor]:
     """A batch of examples of so many tokens each, without padding: each example's own ones over and
-    over, and its last one at the end, where some classifiers read the one end of the text.
+    over, and its last one at the end only, as classifiers that read a text's one end need it.
 
     Args:
         batch: {name: (examples, tokens)}; what has other shapes, and what a decoder reads, stays
@@ -180,9 +180,9 @@ def of_length(batch: Mapping[str, torch.Tensor], tokens: int) -> dict[str, torch
     """
     import torch
 
-    given = batch["input_ids"].shape
-    mask = batch.get("attention_mask", torch.ones(given))
-    places = torch.stack([_places(row, tokens) for row in mask])
+    ids = batch["input_ids"]
+    given, mask = ids.shape, batch.get("attention_mask", torch.ones_like(ids))
+    places = torch.stack([_places(*row, tokens) for row in zip(ids, mask, strict=True)])
     made = dict(batch)
     for name, tensor in batch.items():
         if tensor.shape == given and not name.startswith("decoder_"):
@@ -192,15 +192,18 @@ def of_length(batch: Mapping[str, torch.Tensor], tokens: int) -> dict[str, torch
     return made
 
 
-def _places(mask: torch.Tensor, tokens: int) -> torch.Tensor:
+def _places(ids: torch.Tensor, mask: torch.Tensor, tokens: int) -> torch.Tensor:
     """Which tokens of an example come one after another in one of another length."""
     import torch
 
     (real,) = mask.nonzero(as_tuple=True)
     if not len(real):  # a text of nothing
-        real = mask.new_zeros(1).long()
-    others = real[:-1] if len(real) > 1 else real
-    return torch.cat([others.repeat(-(-tokens // len(others)))[: tokens - 1], real[-1:]])
+        real = torch.zeros_like(ids[:1])
+    last = real[-1:]
+    others = real[ids[real] != ids[last]]
+    if not len(others):
+        others = last
+    return torch.cat([others.repeat(-(-tokens // len(others)))[: tokens - 1], last])
 
 
 def check_length(model: torch.nn.Module, batch: Mapping[str, torch.Tensor], tokens: int) -> None:

@@ -210,18 +210,21 @@ def test_a_batch_of_a_length_repeats_its_own_tokens():
     mask = torch.tensor([[0, 0, 0], [0, 1, 1]])
     left = {"input_ids": batch["input_ids"].flip(1), "attention_mask": mask}
     assert of_length(left, 3)["input_ids"].tolist() == [[7, 7, 7], [9, 9, 8]]
+    pair = {"input_ids": torch.tensor([[5, 2, 2, 6, 2]])}  # as bart has them
+    assert of_length(pair, 6)["input_ids"].tolist() == [[5, 6, 5, 6, 5, 2]]
 
 
-def test_classifiers_that_read_a_texts_end_are_measured_at_a_length():
-    model = tiny.model("bart", "AutoModelForSequenceClassification")
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_classifiers_that_read_a_texts_end_are_measured_at_a_length(family):
+    model = tiny.model(family, "AutoModelForSequenceClassification")
     ids = torch.randint(5, 20, (4, 7), generator=torch.Generator().manual_seed(0))
     mask = torch.zeros_like(ids)
     for row, end in enumerate((2, 3, 5, 6)):
         mask[row, : end + 1] = 1
         ids[row, end], ids[row, end + 1 :] = model.config.eos_token_id, model.config.pad_token_id
     batch = {"input_ids": ids, "attention_mask": mask}
-    measured = measure_side_by_side({"bart": model}, {4: batch}, lengths=(3, 12), repeats=1)
-    assert measured["bart"].latency_by_length[4].keys() == {3, 12}
+    measured = measure_side_by_side({"one": model}, {4: batch}, lengths=(3, 12), repeats=1)
+    assert measured["one"].latency_by_length[4].keys() == {3, 12}
 
 
 def test_a_length_that_a_model_does_not_run_at_is_refused_at_once(saved):
