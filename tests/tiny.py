@@ -87,6 +87,7 @@ _LATENT = {"num_key_value_heads": HEADS, "first_k_dense_replace": 1}
 _STARTED = {"decoder_start_token_id": 1}
 _EXTRAS: dict[str, dict[str, Any]] = {
     "audio-spectrogram-transformer": {"max_length": 16, "frequency_stride": 4, "time_stride": 4},
+    "beit": {"use_relative_position_bias": True, "use_shared_relative_position_bias": True},
     "clip": _TOWERS,
     "data2vec-audio": _AUDIO | {"conv_pos_kernel_size": 3, "num_conv_pos_embeddings": 2},
     "deberta-v2": {

@@ -405,6 +405,7 @@ def _t5(patch: str, cross_patch: str) -> tuple[Stack, Stack]:
 
 
 _VIT = Stack("layers", (_attention("attention", _QKV_O),), _MLP_FC)
+_BEIT = replace(_VIT, attentions=(_attention("attention", _QKV_O, patch="slice_mask"),))
 _DINOV2 = Stack("encoder.layer", _VIT.attentions, replace(_MLP_FC, setting=""))
 _DINOV3 = Stack("layer", _VIT.attentions, Ffn(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"))
 _DATA2VEC_VISION = Stack(
@@ -482,7 +483,7 @@ _WAV2VEC2 = Stack(
 
 _COMPRESSED = "heads share one compressed key and value, and are not units"
 _IN_GROUPS = "experts that are chosen by groups all stay"
-_BIASED = "use_relative_position_bias use_shared_relative_position_bias"  # a column for each head
+_BIASED = "use_relative_position_bias use_shared_relative_position_bias"
 _SHARED_NORM = "query and key norms span all heads, so heads are not independent units"
 
 
@@ -543,7 +544,7 @@ ROWS: dict[str, Row] = {
     **_rows("t5 mt5", *_t5("own_bias", "no_bias")),
     **_rows("umt5", *_t5("", "")),
     **_rows("vit deit vit_msn ijepa", _VIT),
-    **_rows("beit", _VIT, unless=_BIASED),
+    **_rows("beit", _BEIT),
     **_rows("audio-spectrogram-transformer vivit", _VIT),
     **_rows("dinov2 dinov2_with_registers", _DINOV2, unless="use_swiglu_ffn"),
     **_rows("dinov3_vit", _DINOV3),

@@ -82,18 +82,27 @@ def _slice_alibi(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return args, {**kwargs, "alibi": alibi[:, vars(module)[PATCH]["heads"]].flatten(0, 1)}
 
 
+def _slice_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """beit: the mask is of position biases (1, heads, tokens, tokens) for the original heads."""
+    mask = kwargs["attention_mask"]
+    heads = vars(module)[PATCH]["heads"]
+    return args, kwargs if mask is None else {**kwargs, "attention_mask": mask[:, heads]}
+
+
 PATCH = "_hfprune_patch"
 _HOOKS = {
     "own_bias": _clear_bias,
     "no_bias": _clear_bias,
     "slice_bias": _slice_bias,
     "slice_alibi": _slice_alibi,
+    "slice_mask": _slice_mask,
 }
 PATCHES = {
     "own_bias": ("key_value_states", "position_bias"),
     "no_bias": ("key_value_states", "position_bias"),
     "slice_bias": ("attention_mask", "position_bias"),
     "slice_alibi": ("residual", "alibi"),
+    "slice_mask": ("attention_mask",),
     "config_view": (),
     "bare": ("cu_seqlens",),
 }
@@ -263,8 +272,11 @@ def _check_patch(module: nn.Module, where: str, name: str, heads: list[int]) -> 
     """Refuse a patch that is for attentions of another kind, or keeps heads that are not there."""
     counts = [vars(module).get(n) for n in ("num_attention_heads", "num_heads", "n_heads")]
     own = next((n for n in counts if n is not None), 0)
-    stock = own or getattr(getattr(module, "config", None), "num_attention_heads", 0)
+    config = getattr(module, "config", None)
+    stock = own or getattr(config, "num_attention_heads", 0)
     fits = inspect.signature(module.forward).parameters.keys() >= {*PATCHES[name]}
+    if name == "slice_mask":  # most attentions take a mask
+        fits = fits and hasattr(config, "use_relative_position_bias")
     if not stock or not fits or (own and name == "config_view"):
         raise StructureError(f"{where}: {name!r} does not help a {type(module).__name__}.")
     if heads and heads[-1] >= stock:

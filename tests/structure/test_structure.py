@@ -321,6 +321,7 @@ def test_a_structure_that_surgery_cannot_have_written_is_refused(modules, says):
 HELPED = {
     "bert": ("encoder.layer.0.attention.self", ()),
     "mpnet": ("encoder.layer.0.attention.attn", ("slice_bias",)),
+    "beit": ("layers.0.attention", ("slice_mask",)),
     "bloom": ("h.0.self_attention", ("slice_alibi",)),
     "t5": ("encoder.block.0.layer.0.SelfAttention", ("own_bias", "no_bias")),
     "phi3": ("layers.0.self_attn", ("config_view",)),
@@ -528,7 +529,7 @@ def test_what_is_not_a_unit_is_said_where_the_anatomy_is_shown():
         ("gpt2", "add_cross_attention", True, "add_cross_attention set"),
         ("falcon", "multi_query", False, "multi_query unset"),
         ("mvp", "use_prompt", True, "use_prompt set"),
-        ("beit", "use_relative_position_bias", True, "use_relative_position_bias set"),
+        ("data2vec-vision", "use_relative_position_bias", True, "use_relative_position_bias set"),
         ("data2vec-vision", "use_shared_relative_position_bias", True, "position_bias set"),
     ],
 )
