@@ -24,8 +24,11 @@ hypothesis.settings.load_profile("same-examples")
 
 
 def pytest_collection_modifyitems(items):
-    """The longest tests first: or one worker waits for another at the end."""
-    items.sort(key=lambda item: item.path.name != "test_real_models.py")
+    """The longest tests, and those that one worker must take in turn, first: or one worker waits
+    for another at the end.
+    """
+    first = ["test_real_models.py", "test_pipeline.py"]
+    items.sort(key=lambda item: (*first, item.path.name).index(item.path.name))
 
 
 def pytest_collection_finish():
