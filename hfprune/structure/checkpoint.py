@@ -151,6 +151,11 @@ def sizes_heads(model: PreTrainedModel, group: Group) -> bool:
     return inputs_of(outlet) == group.heads_per_kv * group.columns
 
 
+def _stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """Transformers' own class of a model that may be pruned."""
+    return getattr(type(model), "_stock", type(model))
+
+
 def _stock_with(
     model: PreTrainedModel, group: Group, settings: Mapping[str, int]
 ) -> PreTrainedModel:
@@ -160,8 +165,7 @@ def _stock_with(
     for name, value in settings.items():
         setattr(sized, name, value)
     with torch.device("meta"):
-        made: PreTrainedModel = getattr(type(model), "_stock", type(model))(config)
-    return made
+        return _stock_class(model)(config)
 
 
 def also_sized(model: PreTrainedModel, group: Group) -> str:
@@ -238,7 +242,7 @@ def as_stock(model: PreTrainedModel) -> PreTrainedModel:
                 delattr(config, name)
     if history:
         setattr(model.config, KEY, {"version": VERSION, "modules": {}, **history})
-    model.__class__ = getattr(type(model), "_stock", type(model))
+    model.__class__ = _stock_class(model)
     return model
 
 
@@ -296,7 +300,7 @@ def difference_to_stock(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     if hasattr(config, KEY):
         delattr(config, KEY)
     with torch.device("meta"):
-        reference = getattr(type(model), "_stock", type(model))(config)
+        reference = _stock_class(model)(config)
     stock = dict(reference.base_model.named_modules())
     modules: dict[str, dict[str, Any]] = {}
     for path, module in model.base_model.named_modules():
