@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,6 +22,24 @@ logger = logging.getLogger(__name__)
 
 ALIKE = 0.9
 """Agreement of the calibration's halves below which more examples would change the plan."""
+
+
+def warn_if_scarce(needed: int, device: torch.device) -> None:
+    """Warn of second moments that memory cannot hold: what runs out of it is killed without a word.
+
+    Args:
+        needed: bytes.
+        device: that will hold them.
+    """
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    if needed > free:
+        logger.warning(
+            "The second moments of this model's outlets, which `reconstruction` reads, take %.1f GB"
+            " or more, and %.1f GB are free. Other criteria do without: criteria=['fisher'].",
+            needed / 1e9,
+            free / 1e9,
+        )
 
 
 def warn_if_unsettled(agreement: Mapping[str, float], examples: int) -> None:

@@ -120,6 +120,11 @@ class MomentSums:
         self._dtype = torch.promote_types(model.dtype, torch.float32)
         self._batch: Batch = {}
 
+    def least_bytes(self, groups: Iterable[Group]) -> int:
+        """What the moments of these groups' inputs will hold at least, all at once."""
+        squares = sum((group.units * group.columns) ** 2 for group in groups)
+        return squares // 2 * self._dtype.itemsize
+
     def start(self, batch: Batch) -> None:
         """Tell which batch the coming gradients belong to."""
         self._batch = batch

@@ -34,7 +34,12 @@ from hfprune.importance.criteria import (
     Evidence,
     criterion_named,
 )
-from hfprune.importance.diagnosis import check_finite, loss_of, warn_if_unsettled
+from hfprune.importance.diagnosis import (
+    check_finite,
+    loss_of,
+    warn_if_scarce,
+    warn_if_unsettled,
+)
 from hfprune.importance.gates import (
     gate_gradients,
     outlet_of,
@@ -108,6 +113,8 @@ def score(
     joint = MomentSums(model, total) if moments or not JOINT.isdisjoint(wanted) else None
     gathering = Gathering(model, anatomy, joint, joint_only=JOINT.issuperset(wanted))
     device = _device_of(model)
+    if joint:
+        warn_if_scarce(joint.least_bytes(anatomy), device)
     with towards_activations(model, checkpointing), gathering.watch(anatomy):
         shares = _shares(batches, total, model)
         for index, batch, counts in shares:

@@ -1,6 +1,7 @@
 """What a user is told when a calibration is no good."""
 
 import logging
+import types
 
 import pytest
 import tiny
@@ -11,8 +12,10 @@ from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from hfprune.errors import DataError
 from hfprune.importance import diagnosis
+from hfprune.importance.moments import MomentSums
 from hfprune.importance.scoring import score
 from hfprune.importance.sparsity import sparsify
+from hfprune.structure.anatomy import Anatomy
 
 
 def test_the_first_layer_that_is_not_finite_is_named():
@@ -61,6 +64,25 @@ def test_a_single_example_is_told(caplog):
         assert score(model, [rows(batch, slice(0, 1))]).agreement == {}
     (said,) = caplog.messages
     assert "only one calibration example" in said
+
+
+def test_moments_that_memory_cannot_hold_are_told_before_they_are_gathered(caplog, monkeypatch):
+    model, batch = make("bert")
+    needed = MomentSums(model).least_bytes(Anatomy.of(model))
+    whole = sum(m.nbytes for m in score(model, [batch], ["random"], moments=True).moments.values())
+    assert 0.4 * whole < needed < 0.5 * whole  # a constant one stands among the inputs
+
+    def free(available):
+        memory = types.SimpleNamespace(available=available)
+        monkeypatch.setattr(diagnosis.psutil, "virtual_memory", lambda: memory)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            score(model, [batch, batch], ["reconstruction"])
+        return caplog.messages
+
+    assert not free(needed)
+    (said,) = free(needed - 1)
+    assert "take 0.0 GB or more, and 0.0 GB are free. Other criteria do without" in said
 
 
 def test_halves_that_agree_need_no_word(caplog):
