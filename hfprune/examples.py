@@ -25,6 +25,8 @@ BESIDE = ("question", "context", "answers", "offsets")
 OUTSIDE = (-1, -1)
 """The place in the context of a token that is not in it."""
 
+_SLACK = 2  # letters by which real data (SQuAD) are off
+
 Splits = Mapping[str, "Dataset"]
 Rows = dict[str, list[Any]]
 
@@ -137,12 +139,21 @@ def answered(splits: Splits, tokenizer: PreTrainedTokenizerBase, data: Data) -> 
     _check_texts(splits, data, "text", "text_pair")
     _check_is_fast(tokenizer)
     for split, dataset in splits.items():
-        for row, answers in enumerate(dataset[data.label]):
+        pairs = zip(dataset[context], dataset[data.label], strict=True)
+        for row, (text, answers) in enumerate(pairs):
+            told = f"{_field(split)}: the {data.label!r} of example {row}"
             if not _are_answers(answers):
                 raise DataError(
-                    f"{_field(split)}: the {data.label!r} of example {row} is {answers!r}; it must"
-                    ' be of the form {"text": [...], "answer_start": [...]}, as many texts as'
-                    " numbers of their first letters."
+                    f"{told} is {answers!r}; it must be of the form"
+                    ' {"text": [...], "answer_start": [...]}, as many texts as numbers of their'
+                    " first letters."
+                )
+            if answers["text"] and not _stands_there(answers, text):
+                begin = answers["answer_start"][0]
+                raise DataError(
+                    f"{told} is {answers['text'][0]!r:.80} at {begin}, where its {context!r} of"
+                    f" {len(text):,} letters has {text[begin : begin + 40]!r}: `answer_start` must"
+                    " be the number of the answer's first letter, counted from 0."
                 )
     tokenizer.padding_side = "right"  # places count from the left
 
@@ -198,6 +209,13 @@ def _are_answers(answers: Any) -> bool:
         and all(isinstance(text, str) for text in texts)
         and all(type(start) is int and start >= 0 for start in starts)
     )
+
+
+def _stands_there(answers: Mapping[str, Any], context: str) -> bool:
+    """Whether the first answer, which is the one to learn, stands where it says, or as good as."""
+    text, begin = answers["text"][0], answers["answer_start"][0]
+    around = context[max(0, begin - _SLACK) : begin + len(text) + _SLACK]
+    return text.strip() in around
 
 
 def _place(offsets: list[tuple[int, int]], answers: Mapping[str, Any]) -> tuple[int, int]:

@@ -103,6 +103,22 @@ def test_questions_that_cannot_serve():
             windows([asked("the film", "film") | {"answers": answers}])
 
 
+@pytest.mark.parametrize("begin", [0, 8, 13, 17, 400])
+def test_an_answer_that_does_not_stand_where_it_says(begin):
+    with pytest.raises(
+        DataError,
+        match=rf"^data\.train: the 'answers' of example 1 is 'dull' at {begin}, where its 'context'"
+        r" of 24 letters has '.*': `answer_start` must be",
+    ):
+        windows([asked("the film", "film"), asked("the bad film is now dull", "dull", begin)])
+
+
+@pytest.mark.parametrize(("text", "begin"), [("film", 3), ("film", 5), (" film ", 4), ("", 60)])
+def test_an_answer_that_is_slightly_off_serves(text, begin):
+    row = asked("the film is dull", "film") | {"answers": {"text": [text], "answer_start": [begin]}}
+    assert len(windows([row])) == 1
+
+
 def test_the_model_sees_its_inputs_only():
     rows = [asked("the film is dull", "dull"), asked("the very bad plot and the cast", "plot")]
     made = answered(splits(rows), tiny_tokenizer(), SQUAD)["train"]
