@@ -145,6 +145,19 @@ def _names_in(dataset: Dataset, column: str) -> list[str] | None:
     return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
+def untaught(splits: Mapping[str, Dataset], column: str) -> dict[str, list[int]]:
+    """The numbers of the classes that a split has and "train" has not, by the splits with any."""
+    seen = {split: _numbers_in(dataset, column) for split, dataset in splits.items()}
+    new = {split: sorted(numbers - seen["train"]) for split, numbers in seen.items()}
+    return {split: numbers for split, numbers in new.items() if numbers}
+
+
+def _numbers_in(dataset: Dataset, column: str) -> set[int]:
+    """The numbers of the classes that labels, or lists of them, are of."""
+    labels = dataset[column]
+    return {n for label in labels for n in ([label] if isinstance(label, int) else label)}
+
+
 def check_other_classes(field: str, other: Dataset, own: Dataset, column: str, known: int) -> None:
     """Refuse other data whose labels mean other classes than those of a run's own.
 

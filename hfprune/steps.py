@@ -24,6 +24,7 @@ from hfprune.data import (
     load_named,
     load_splits,
     seen_among,
+    untaught,
 )
 from hfprune.errors import BudgetError, DataError, RecipeError
 from hfprune.evaluation.evaluate import model_inputs
@@ -365,10 +366,26 @@ class Steps:
         largest, examples = max(self.recipe.measure.batch_sizes), len(self.splits["test"])
         _ = self.also
         _ = self.seen  # says so
+        self._tell_untaught()
         if largest > examples:
             raise RecipeError(
                 f"measure.batch_sizes: data.test makes {examples} examples, too few for a batch of"
                 f" {largest}."
+            )
+
+    def _tell_untaught(self) -> None:
+        """Say which classes are judged that nothing teaches; a stray label makes one, too."""
+        if not (self.task.classes and self.recipe.finetune):
+            return
+        column = self.recipe.data.label
+        names = class_names(self.loaded, column)
+        for split, numbers in untaught(self.loaded, column).items():
+            first = ", ".join(f"{number} ({names[number]})" for number in numbers[:5])
+            others = f" and {len(numbers) - 5:,} more" if len(numbers) > 5 else ""
+            self.say(
+                f"  Warning: data.{split} has examples of classes that data.train has none of:"
+                f" {first}{others}. The head has an output for each, and nothing teaches it. Add"
+                " examples to data.train, or take the labels out if they are wrong."
             )
 
     @cached_property

@@ -15,6 +15,7 @@ from hfprune.data import (
     class_names,
     load_named,
     load_splits,
+    untaught,
 )
 from hfprune.errors import DataError, RecipeError
 from hfprune.examples import OUTSIDE, answered, pictures, rewritten, tagged
@@ -296,6 +297,11 @@ def test_classes_by_number_and_of_words():
     assert class_names(numbers, "label") == ["LABEL_0", "LABEL_1", "LABEL_2"]
     lists = splits([{"tags": [0, 3]}, {"tags": [1]}])
     assert class_names(lists, "tags") == [f"LABEL_{n}" for n in range(4)]
+    assert untaught(lists, "tags") == untaught(numbers, "label") == {}
+    assert untaught(lists | {"train": lists["dev"].select([1])}, "tags") == {
+        "dev": [0, 3],
+        "test": [0, 3],
+    }
     named = Features({"tags": List(ClassLabel(names=["O", "B-PER"]))})
     assert class_names({"train": Dataset.from_list([{"tags": [1]}], features=named)}, "tags") == [
         "O",

@@ -713,6 +713,16 @@ def test_a_test_split_that_also_teaches_is_told(tmp_path):
     assert any(line.startswith(told) for line in said)
 
 
+def test_classes_that_nothing_teaches_are_told(tmp_path):
+    recipe, said = make(tmp_path), []
+    with open(recipe.data.test, "a") as test:
+        test.write('{"text": "good", "label": 9}\n')
+    hfprune.run(recipe, say=said.append, until="dense")
+    told = "  Warning: data.test has examples of classes that data.train has none of: 9 (LABEL_9)."
+    assert [line for line in said if "Warning" in line and line.startswith(told)]
+    assert not any("data.dev" in line for line in said)
+
+
 def test_texts_longer_than_the_model_reads_are_refused_before_training(tmp_path):
     recipe = changed(make(tmp_path), "data", max_length=80)
     with open(recipe.data.train, "a") as train:
