@@ -237,6 +237,9 @@ class Batches(Sequence["dict[str, torch.Tensor]"]):
         collate: makes a batch of some of them.
         batch_size: examples per batch.
         limit: use the first so many examples only.
+
+    Attributes:
+        longest: the tokens of the longest example.
     """
 
     def __init__(
@@ -247,6 +250,7 @@ class Batches(Sequence["dict[str, torch.Tensor]"]):
         self._dataset = dataset
         self._collate = collate
         lengths = lengths_of(dataset)
+        self.longest = max(lengths, default=0)
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         self._indices = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 

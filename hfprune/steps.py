@@ -340,7 +340,8 @@ class Steps:
     def _check_longest(self, dense: PreTrainedModel) -> None:
         """Try the longest text: that a model has not so many positions would show in a training."""
         if self.task.reads == "text":
-            longest = max(max(lengths_of(split)) for split in self.splits.values())
+            own = (max(lengths_of(split)) for split in self.splits.values())
+            longest = max(*own, *(batches.longest for batches in self.also.values()))
             try:
                 check_length(dense, self.probe(), longest)
             except DataError as error:

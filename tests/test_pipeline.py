@@ -723,13 +723,17 @@ def test_classes_that_nothing_teaches_are_told(tmp_path):
     assert not any("data.dev" in line for line in said)
 
 
-def test_texts_longer_than_the_model_reads_are_refused_before_training(tmp_path):
+@pytest.mark.parametrize("also", [False, True])
+def test_texts_longer_than_the_model_reads_are_refused_before_training(also, tmp_path):
     recipe = changed(make(tmp_path), "data", max_length=80)
-    with open(recipe.data.train, "a") as train:
-        train.write(json.dumps({"text": "good " * 90, "label": 1}) + "\n")
+    other = tmp_path / "other.jsonl"
+    with open(other if also else recipe.data.train, "a") as file:
+        file.write(json.dumps({"text": "good " * 90, "label": 1}) + "\n")
+    if also:
+        recipe = changed(recipe, "measure", also={"other": str(other)})
     message = r"^data\.max_length is 80: .* on examples of 80 tokens .*embeddings is 64"
     with pytest.raises(RecipeError, match=message):
-        hfprune.run(recipe, say=str)
+        hfprune.run(recipe, say=str, until="dense")
     assert not list(at(recipe).glob(".*checkpoints"))
 
 
