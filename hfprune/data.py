@@ -85,7 +85,9 @@ def _from_disk(field: str, name: str) -> Dataset:
             # Told which files, it does not look for splits in their names.
             files = {"train": f"{escape(name)}/**"}
             return load_dataset("imagefolder", data_files=files, split="train", drop_labels=False)
-        return load_dataset(kinds[ending], data_files=escape(name), split="train")
+        # pandas would take words such as "null" and "NA" for missing; an empty cell is.
+        words = {"keep_default_na": False, "na_values": [""]} if ending == "csv" else {}
+        return load_dataset(kinds[ending], data_files=escape(name), split="train", **words)
     except (StopIteration, ValueError, DatasetsError, FileNotFoundError) as error:
         why = str(error.__cause__ or error).partition("\n")[0]
         if not why or "corresponds to no data" in why:  # as `datasets` says it

@@ -243,6 +243,17 @@ def test_other_kinds_of_file(ending, tmp_path, data):
     assert load_splits(Data(str(path), data.dev, data.test))["train"].to_list() == sentences(4)
 
 
+def test_words_of_a_csv_are_texts_and_an_empty_cell_is_none(tmp_path, tokenizer):
+    words = ["null", "NA", "None", "nan", "n/a"]
+    path = tmp_path / "all.csv"
+    path.write_text("text,label\n" + "".join(f"{word},1\n" for word in words))
+    data = Data(*[str(path)] * 3)
+    assert load_splits(data)["train"]["text"][:] == words
+    path.write_text("text,label\nnull,1\n,0\n")
+    with pytest.raises(DataError, match=r"data\.train: the 'text' of example 1 is None"):
+        labelled(load_splits(data), tokenizer, data)
+
+
 def test_a_path_is_no_pattern(tmp_path):
     folder = tmp_path / "films [v2] a*b"
     folder.mkdir()
