@@ -568,7 +568,17 @@ def checkpoints_of(artefact: Path) -> Path:
 
 
 def steps_done(folder: Path) -> dict[str, Any]:
-    """What a run has done: {artefact: its key, the seconds it took ...}."""
+    """What a run has done: {artefact: its key, the seconds it took ...}.
+
+    Raises:
+        RecipeError: the file that says it is damaged.
+    """
     with suppress(FileNotFoundError):
-        return dict(json.loads((folder / DONE).read_text()))
+        try:
+            return dict(json.loads((folder / DONE).read_text()))
+        except (TypeError, ValueError) as error:
+            raise RecipeError(
+                f"output: {folder / DONE} is damaged ({error}), so what the run has done is not"
+                " known. Choose another folder, or remove this one."
+            ) from error
     return {}

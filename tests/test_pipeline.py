@@ -352,6 +352,15 @@ def test_a_folder_that_is_no_run_is_not_touched(recipe):
     assert files(at(recipe)) == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("left", ["", '{"dense": {"key', "[1]", "7"])
+def test_a_damaged_list_of_what_is_done_is_named(left, recipe):
+    at(recipe).mkdir()
+    at(recipe, "steps.json").write_text(left)
+    with pytest.raises(RecipeError, match=r"^output: .*steps\.json is damaged .* remove this one"):
+        hfprune.run(recipe, say=str)
+    assert at(recipe, "steps.json").read_text() == left
+
+
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
