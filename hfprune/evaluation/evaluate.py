@@ -157,7 +157,7 @@ def evaluate_classification(
 
     Raises:
         DataError: No examples, no labels, labels that are not class numbers, logits that are not
-            finite, or an unknown metric.
+            finite, an unknown metric, or `f1_binary` of more than two classes.
     """
     if metric not in _OF_CLASSES:
         raise DataError(unknown("classification metric", metric, _OF_CLASSES))
@@ -172,6 +172,11 @@ def evaluate_classification(
                     f"Labels of shape {tuple(labels.shape)} and type {labels.dtype} do not fit "
                     f"logits of shape {tuple(logits.shape)}: give one whole class number per "
                     "example, and a model with one logit per class."
+                )
+            if metric == "f1_binary" and logits.shape[1] > 2:
+                raise DataError(
+                    f"The model knows {logits.shape[1]} classes, and f1_binary is of two: take"
+                    " f1_macro or accuracy."
                 )
             if not logits.isfinite().all():
                 raise DataError(

@@ -22,15 +22,16 @@ from hfprune.evaluation.evaluate import (
 
 
 class Echo(torch.nn.Module):
-    """A classifier of three classes that predicts what its input says."""
+    """A classifier of so many classes that predicts what its input says."""
 
-    def __init__(self):
+    def __init__(self, classes=3):
         super().__init__()
+        self.classes = classes
         self.scale = torch.nn.Parameter(torch.tensor(2.0))
         self.dropout = torch.nn.Dropout(0.99)
 
     def forward(self, said):
-        one_hot = torch.nn.functional.one_hot(said, 3).float()
+        one_hot = torch.nn.functional.one_hot(said, self.classes).float()
         return SimpleNamespace(logits=self.scale * self.dropout(one_hot))
 
 
@@ -66,8 +67,14 @@ def test_value_is_scikit_learns_and_lies_in_its_interval(answers, metric, oracle
 
 def test_binary_f1_counts_class_one_alone():
     said, labels = torch.tensor([1, 1, 0, 0, 1]), torch.tensor([1, 0, 0, 1, 1])
-    quality = evaluate_classification(Echo(), batches_of(said, labels), "f1_binary", progress=False)
+    batches = batches_of(said, labels)
+    quality = evaluate_classification(Echo(2), batches, "f1_binary", progress=False)
     assert quality.value == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))  # 2 TP, 1 FP, 1 FN
+
+
+def test_binary_f1_is_of_two_classes(answers):
+    with pytest.raises(DataError, match=r"^The model knows 3 classes, and f1_binary is of two: ta"):
+        evaluate_classification(Echo(), batches_of(*answers), "f1_binary", progress=False)
 
 
 def test_value_does_not_depend_on_the_batch_size(answers):
