@@ -50,6 +50,8 @@ _OF_CLASSES = {name for name, metric in METRICS.items() if metric.given == "refe
 RESAMPLES = 1000
 """How often the bootstrap draws the examples anew."""
 
+_LARGEST = float(np.log(np.finfo(np.float64).max))  # what an exponential holds
+
 Columns = dict[str, np.ndarray]
 """A metric's inputs by name, each with one row per example."""
 
@@ -230,7 +232,7 @@ def evaluate_perplexity(
         seed: Of the bootstrap.
 
     Raises:
-        DataError: No token to predict, no labels, or a likelihood that is not finite.
+        DataError: No token to predict, no labels, or a likelihood or perplexity that is not finite.
     """
     from torch.nn.functional import cross_entropy
 
@@ -269,7 +271,14 @@ def evaluate_perplexity(
             "The model's likelihood of a sequence is NaN or zero: check its weights, or evaluate "
             "in float32."
         )
-    return quality_of("perplexity", {"nll": np.array(nll), "tokens": np.array(tokens)}, seed)
+    columns = {"nll": np.array(nll), "tokens": np.array(tokens)}
+    worst = float((columns["nll"] / columns["tokens"]).max())
+    if worst > _LARGEST:
+        raise DataError(
+            f"The model's loss on a sequence is {worst:,.0f} nats a token, and above"
+            f" {_LARGEST:.0f} a perplexity is no number: check its weights, or evaluate in float32."
+        )
+    return quality_of("perplexity", columns, seed)
 
 
 def paired_difference(first: Quality, second: Quality, *, seed: int = 0) -> Difference:

@@ -184,6 +184,19 @@ def test_sequences_that_predict_nothing_are_left_out(language_model, sequences):
         evaluate_perplexity(language_model, [silent], progress=False)
 
 
+def test_a_perplexity_that_overflows_is_refused(language_model, sequences):
+    class Wild(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = language_model
+
+        def forward(self, **inputs):
+            return SimpleNamespace(logits=1e5 * self.inner(**inputs).logits)
+
+    with pytest.raises(DataError, match=r"on a sequence is [\d,]+ nats a token, and above 710 a"):
+        evaluate_perplexity(Wild(), [sequences], progress=False)
+
+
 def test_perplexity_module_is_fed_batch_by_batch():
     metric = load_metric("perplexity")
     metric.add_batch(nll=[2.0, 4.0], tokens=[1, 2])
