@@ -264,10 +264,11 @@ class Report:
 
     def table(self) -> Table:
         """The side-by-side table for a terminal."""
+        from rich.markup import escape
         from rich.table import Table
 
-        header, *rows = self.cells()
-        table = Table(*(h for h in header), title="Dense and pruned, side by side")
+        header, *rows = ([escape(cell) for cell in row] for row in self.cells())
+        table = Table(*header, title="Dense and pruned, side by side")
         for column in table.columns[1:]:
             column.justify = "right"
         for row in rows:

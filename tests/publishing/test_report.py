@@ -126,12 +126,15 @@ def test_energy_has_a_column_where_it_was_read():
 def test_the_terminals_table_has_every_cell():
     from rich.console import Console
 
-    report = make()
-    console = Console(width=220, record=True, file=io.StringIO())
+    plain = make()
+    also = dict.fromkeys(("[/x]", "[bold]"), Judged(plain.dense.quality, None))  # rich's markup
+    report = make(variants=tuple(dataclasses.replace(v, also=also) for v in plain.variants))
+    console = Console(width=320, record=True, file=io.StringIO())
     console.print(report.table())
     text = console.export_text()
     for cell in (cell for row in report.cells()[1:] for cell in row):
         assert cell in text
+    assert "on [/x]" in text and "on [bold]" in text
 
 
 def facts_of(report):
