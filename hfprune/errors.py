@@ -54,6 +54,6 @@ def expect(value: object, kinds: type | tuple[type, ...], name: str, wanted: str
     Raises:
         HfpruneError: says all three.
     """
-    if not isinstance(value, kinds):
+    if not isinstance(value, kinds) or isinstance(value, bool):  # a bool is an int, and means none
         kind = type(value).__name__
         raise HfpruneError(f"{name} must be {wanted}, not {value!r:.80} ({kind}).")

@@ -9,6 +9,7 @@ import operator
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from numbers import Integral
 from typing import ParamSpec
 
 import torch
@@ -104,6 +105,7 @@ def score(
     """
     if criteria is not None:
         expect(criteria, (str, Iterable), "criteria", "one name or several")
+    expect(seed, Integral, "seed", "a whole number")
     check_batches(batches)
     names = [criteria] if isinstance(criteria, str) else criteria or CRITERIA
     wanted = {name: criterion_named(name) for name in names}

@@ -150,8 +150,17 @@ def plan_family(
 
 def _check_tokens(tokens: int | Sequence[int] | None) -> None:
     each = tokens if isinstance(tokens, Sequence) else [1 if tokens is None else tokens]
-    if not all(isinstance(count, Real) and count >= 1 for count in each):
-        raise HfpruneError(f"tokens must be 1 or more, not {tokens!r}.")
+    if not all(_is_count(count) for count in each):
+        raise HfpruneError(
+            f"tokens must be 1 or more, not {tokens!r}: give a whole number, or one for each stack"
+            " of layers."
+        )
+
+
+def _is_count(value: object) -> bool:
+    """Whether it is a whole number of 1 or more; True, which equals 1, is a slip."""
+    number = isinstance(value, Real) and value is not True
+    return number and float(value) >= 1 and float(value).is_integer()
 
 
 def _nested(

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 
 import yaml
 
-from hfprune.errors import PublishError, unknown
+from hfprune.errors import PublishError, expect, unknown
 from hfprune.importance.scores import Scores
 from hfprune.planning.budget import Budget
 from hfprune.planning.plan import PruningPlan
@@ -84,6 +84,7 @@ def publish_family(
     """
     if kind not in get_args(Kind):
         raise PublishError(unknown("kind of family", kind, get_args(Kind)))
+    expect(run, (str, os.PathLike), "run", "the folder of a finished run")
     folder, terms = Path(run), Terms(private, license=license, verify=verify, say=say)
     members = members_of(folder)
     places = {member.size: (f"{repo_id}-{member.size}", MAIN) for member in members}

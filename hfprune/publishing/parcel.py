@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
-from hfprune.errors import PublishError
+from hfprune.errors import PublishError, expect
 from hfprune.files import whole_folder, write_whole
 from hfprune.planning.plan import PruningPlan
 from hfprune.publishing.page import FIGURES
@@ -98,6 +98,7 @@ def packed(
             that has its own.
         HfpruneError: a file holds what looks like a secret.
     """
+    expect(source, (PreTrainedModel, str, os.PathLike), "source", "a model, or a folder of one")
     if isinstance(source, PreTrainedModel):
         if not hasattr(source.config, KEY):
             raise PublishError(_not_pruned(f"This {type(source).__name__}"))

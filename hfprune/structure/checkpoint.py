@@ -206,9 +206,11 @@ def as_stock(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         CheckpointError: the family's own config cannot hold the structure; names the first module.
             The model stays as it was.
+        UnsupportedModelError: it is no transformers model, or not plain.
     """
+    anatomy = Anatomy.of(model)
     own_config(model)
-    anatomy, settings_of = Anatomy.of(model), _settings(model)
+    settings_of = _settings(model)
     head_sizes = {_part(stack_of(model, g)): g.columns for g in anatomy if g.kind == "head"}
     for block in anatomy.experts:
         stack = row_of(model.config.model_type).stacks[block.stack]

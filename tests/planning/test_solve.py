@@ -906,7 +906,7 @@ def test_what_keeps_a_budget_from_being_met_is_named(options, relax):
         plan(model, scored(model), "params=66.61%", constraints=constraints)
 
 
-@pytest.mark.parametrize("tokens", [0, -5, (9, 0), "9", (9, "9")])
+@pytest.mark.parametrize("tokens", [0, -5, (9, 0), "9", (9, "9"), True, 1.5, float("inf")])
 def test_tokens_of_no_example(tokens):
     model = tiny.model("t5" if isinstance(tokens, tuple) else "bert")
     with pytest.raises(HfpruneError, match="tokens must be 1 or more"):
