@@ -159,8 +159,9 @@ def _check_tokens(tokens: int | Sequence[int] | None) -> None:
 
 def _is_count(value: object) -> bool:
     """Whether it is a whole number of 1 or more; True, which equals 1, is a slip."""
-    number = isinstance(value, Real) and value is not True
-    return number and float(value) >= 1 and float(value).is_integer()
+    if not isinstance(value, Real) or value is True:
+        return False
+    return float(value) >= 1 and float(value).is_integer()
 
 
 def _nested(
