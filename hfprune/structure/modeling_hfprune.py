@@ -517,7 +517,11 @@ def probe(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
     images = getattr(config, "vision_config", config)
     generator = torch.Generator().manual_seed(0)
     noise = functools.partial(torch.randn, generator=generator)
-    tokens = torch.randint(getattr(text, "vocab_size", 2), (2, 8), generator=generator)
+    vocabulary, end = getattr(text, "vocab_size", 2), getattr(text, "eos_token_id", -1)
+    tokens = torch.randint(vocabulary, (2, 8), generator=generator)
+    if config.is_encoder_decoder and end in range(vocabulary):  # where they classify: one in each
+        tokens[tokens == end] = 0 if end else 1
+        tokens[:, -1] = end
     channels = getattr(images, "num_channels", 3)
     size, patches = getattr(images, "image_size", None), getattr(images, "num_patches", None)
     inputs: dict[str, torch.Tensor] = {}

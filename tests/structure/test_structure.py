@@ -27,6 +27,7 @@ from hfprune.structure.modeling_hfprune import (
     PATCHES,
     StructureError,
     checked,
+    probe,
     pruned,
 )
 from hfprune.structure.surgery import copy_and_cut, cut
@@ -810,6 +811,17 @@ def test_a_probe_that_does_not_fit_is_said(tmp_path, caplog):
     model.config.image_size = 8
     model.save_pretrained(tmp_path)
     assert "No outputs were compared" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_classifiers_that_read_a_texts_end_are_compared_by_outputs(family, tmp_path, caplog):
+    model = tiny.model(family, "AutoModelForSequenceClassification")
+    model = copy_and_cut(model, tiny.selection(Anatomy.of(model)))
+    model.save_pretrained(tmp_path)
+    assert "No outputs were compared" not in caplog.text
+    inputs = probe(model)
+    ends = (inputs["input_ids"] == model.config.eos_token_id).sum(1)
+    assert ends.tolist() == [1, 1]  # examples of unlike numbers of ends are refused
 
 
 def test_the_family_table_lists_every_row():
