@@ -62,7 +62,7 @@ def recipes(folder: Path, count: int):
     """Recipes of the same run with outputs of their own, each also in a file."""
     made = []
     for number in range(count):
-        distill = {"epochs": 3, "learning_rate": 1e-3, "batch_size": 4}
+        distill = {"epochs": 1, "learning_rate": 1e-3, "batch_size": 4}
         recipe = generation(
             folder / str(number),
             prune={"budget": "params=70%"},
