@@ -180,11 +180,7 @@ def evaluate_classification(
                     f"The model knows {logits.shape[1]} classes, and f1_binary is of two: take"
                     " f1_macro or accuracy."
                 )
-            if not logits.isfinite().all():
-                raise DataError(
-                    "The model's logits hold NaN or infinity, so it predicts nothing: check its "
-                    "weights, or evaluate in float32."
-                )
+            check_finite(logits)
             labels = labels.cpu()
             counted = labels != IGNORED
             _check_known(labels[counted], logits.shape[1])
@@ -331,6 +327,19 @@ def model_inputs(
     from hfprune.importance.batches import ANSWERS
 
     return {name: tensor.to(device) for name, tensor in batch.items() if name not in ANSWERS}
+
+
+def check_finite(*logits: torch.Tensor) -> None:
+    """Refuse what is no prediction.
+
+    Raises:
+        DataError: logits that are not finite.
+    """
+    if not all(each.isfinite().all() for each in logits):
+        raise DataError(
+            "The model's logits hold NaN or infinity, so it predicts nothing: check its weights, or"
+            " evaluate in float32."
+        )
 
 
 def labels_of(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
