@@ -142,14 +142,15 @@ def answered(splits: Splits, tokenizer: PreTrainedTokenizerBase, data: Data) -> 
     _check_texts(splits, data, "text", "text_pair")
     _check_is_fast(tokenizer)
     for split, dataset in splits.items():
-        for row, answers in enumerate(dataset[data.label]):
+        texts, labels = list(dataset[context]), list(dataset[data.label])
+        for row, answers in enumerate(labels):
             if not _are_answers(answers):
                 raise DataError(
                     f"{_field(split)}: the {data.label!r} of example {row} is {answers!r}; it must"
                     ' be of the form {"text": [...], "answer_start": [...]}, as many texts as'
                     " numbers of their first letters."
                 )
-        _warn_of_misplaced(split, dataset, data)
+        _warn_of_misplaced(split, context, texts, labels)
     tokenizer.padding_side = "right"  # places count from the left
 
     def encode(rows: Rows, numbers: list[int]) -> Rows:
@@ -206,20 +207,21 @@ def _are_answers(answers: Any) -> bool:
     )
 
 
-def _warn_of_misplaced(split: str, dataset: Dataset, data: Data) -> None:
+def _warn_of_misplaced(
+    split: str, context: str, texts: list[str], labels: list[dict[str, Any]]
+) -> None:
     """Warn of answers that do not stand where they say; a few of many thousand do no harm."""
-    context = data.text_pair or ""
-    pairs = list(zip(dataset[context], dataset[data.label], strict=True))
+    pairs = zip(texts, labels, strict=True)
     wrong = [n for n, (text, a) in enumerate(pairs) if a["text"] and not _stands_there(a, text)]
     if wrong:
-        text, answers = pairs[wrong[0]]
+        text, answers = texts[wrong[0]], labels[wrong[0]]
         begin = answers["answer_start"][0]
         logger.warning(
             "%s: %d of %d answers do not stand where `answer_start` says, counted in letters from"
             " 0, and teach other words. In example %d %.80r is at %d, where %r has %r.",
             _field(split),
             len(wrong),
-            len(pairs),
+            len(labels),
             wrong[0],
             answers["text"][0],
             begin,

@@ -379,8 +379,9 @@ class Steps:
         if not (self.task.classes and self.recipe.finetune):
             return
         column = self.recipe.data.label
-        names = class_names(self.loaded, column)
-        for split, numbers in untaught(self.loaded, column).items():
+        found = untaught(self.loaded, column)
+        names = class_names(self.loaded, column) if found else []
+        for split, numbers in found.items():
             first = ", ".join(f"{number} ({names[number]})" for number in numbers[:5])
             others = f" and {len(numbers) - 5:,} more" if len(numbers) > 5 else ""
             self.say(

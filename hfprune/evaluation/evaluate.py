@@ -180,7 +180,7 @@ def evaluate_classification(
                     f"The model knows {logits.shape[1]} classes, and f1_binary is of two: take"
                     " f1_macro or accuracy."
                 )
-            check_finite(logits)
+            check_logits(logits)
             labels = labels.cpu()
             counted = labels != IGNORED
             _check_known(labels[counted], logits.shape[1])
@@ -329,7 +329,7 @@ def model_inputs(
     return {name: tensor.to(device) for name, tensor in batch.items() if name not in ANSWERS}
 
 
-def check_finite(*logits: torch.Tensor) -> None:
+def check_logits(*logits: torch.Tensor) -> None:
     """Refuse what is no prediction.
 
     Raises:

@@ -14,7 +14,7 @@ import numpy as np
 from hfprune.errors import DataError
 from hfprune.evaluation.evaluate import (
     Quality,
-    check_finite,
+    check_logits,
     inference,
     labels_of,
     model_inputs,
@@ -74,7 +74,7 @@ def evaluate_answers(
         for batch, windows in progress_bar(batches, "answers", progress):
             outputs = model(**model_inputs(batch, device))
             start, end = (outputs[f"{side}_logits"].float().cpu() for side in ("start", "end"))
-            check_finite(start, end)
+            check_logits(start, end)
             for window, begins, ends in zip(windows, start.numpy(), end.numpy(), strict=True):
                 number = window["question"]
                 found = _best_span(window, begins, ends)
@@ -155,7 +155,7 @@ def evaluate_entities(
         for batch in progress_bar(batches, "entities", progress):
             labels = labels_of(batch)
             logits = model(**model_inputs(batch, device)).logits
-            check_finite(logits)
+            check_logits(logits)
             predicted = logits.argmax(-1).cpu()
             for given, label in zip(predicted, labels.cpu(), strict=True):
                 counted = label != IGNORED
